@@ -1,0 +1,203 @@
+package ctl
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+const (
+	dialLimit   = 10 * time.Second // until logged in; also for a word from ssh-agent
+	aliveEvery  = 15 * time.Second
+	aliveLimit  = 3 * aliveEvery // a peer that owes a sign of life for so long is gone
+	answerLimit = 2 << 20        // bytes: some 10,000 services, and bearable times 500 hosts
+)
+
+// host is a host as the operator named it, and its address in one canonical form.
+type host struct{ name, addr string }
+
+// parseHost reads @name, @name:port, @address, @[v6] or @[v6]:port. An empty port is 2222.
+func parseHost(arg, port string) (host, error) {
+	name := strings.TrimPrefix(arg, "@")
+	h, p := name, cmp.Or(port, "2222")
+	if strings.HasPrefix(h, "[") && strings.HasSuffix(h, "]") {
+		h = h[1 : len(h)-1]
+	} else if strings.HasPrefix(h, "[") || strings.Count(h, ":") == 1 {
+		var err error
+		if h, p, err = net.SplitHostPort(name); err != nil {
+			return host{}, fmt.Errorf("host %q: want @name, @name:port or @[v6]:port", arg)
+		}
+	}
+	if ip, err := netip.ParseAddr(h); err == nil {
+		h = ip.String()
+	} else if strings.Contains(h, ":") {
+		return host{}, fmt.Errorf("host %q: %q is no IPv6 address", arg, h)
+	}
+	if strings.Contains(h, "@") {
+		return host{}, fmt.Errorf("host %q: the key says who you are: leave the user name out", arg)
+	}
+	// Nothing that has a meaning in known_hosts, where the name will be written.
+	bad := func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune(".-_:%", r))
+	}
+	if h == "" || strings.ContainsFunc(h, bad) {
+		return host{}, fmt.Errorf("host %q: want @name, @name:port or @[v6]:port", arg)
+	}
+	n, err := strconv.ParseUint(p, 10, 16)
+	if err != nil || n == 0 {
+		return host{}, fmt.Errorf("host %q: port %q: want a number from 1 to 65535", arg, p)
+	}
+	return host{name, net.JoinHostPort(strings.ToLower(h), strconv.FormatUint(n, 10))}, nil
+}
+
+// errLost is in every error after which nobody knows what the host has done.
+var errLost = errors.New("no answer")
+
+// ask sends the request to the host and returns what it writes to stdout. Its stderr is passed on line by line,
+// but for the last line of a request that fails, which is the error. It gives up after limit.
+func (c *client) ask(ctx context.Context, h host, request string, limit time.Duration) ([]byte, error) {
+	conn, err := c.connect(ctx, h)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w for %v", errLost, limit))
+	defer cancel()
+	ctx, lost := context.WithCancelCause(ctx)
+	defer lost(nil)
+	context.AfterFunc(ctx, func() { conn.Close() })
+	go keepAlive(ctx, conn, lost)
+	answer, err := c.exchange(conn, h, request)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		err = cause
+	}
+	if errors.Is(err, errLost) && strings.HasPrefix(request, "/do/") {
+		err = fmt.Errorf("%w; list service shows what became of it", err)
+	}
+	return answer, err
+}
+
+// connect returns a connection to a host that has proved to be the one, and that lets us in.
+func (c *client) connect(ctx context.Context, h host) (*ssh.Client, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, dialLimit, fmt.Errorf("no answer for %v", dialLimit))
+	defer cancel()
+	_, port, _ := net.SplitHostPort(h.addr)
+	conn, err := c.dial(ctx, "tcp", h.addr)
+	if err != nil {
+		return nil, fmt.Errorf("%w: does gitopper listen there, on port %s?", cmp.Or(context.Cause(ctx), err), port)
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	sshConn, chans, reqs, err := ssh.NewClientConn(conn, h.addr, &ssh.ClientConfig{
+		User:              c.user,
+		Auth:              []ssh.AuthMethod{ssh.PublicKeys(slices.Clip(c.keys.signers)...)},
+		HostKeyAlgorithms: c.known.algorithms(h.addr),
+		HostKeyCallback: func(addr string, remote net.Addr, key ssh.PublicKey) error {
+			notice, err := c.known.verify(addr, remote, key)
+			if notice != "" {
+				c.stderr.print("gitopper ctl: " + h.name + ": " + notice)
+			}
+			return err
+		},
+	})
+	var host hostKeyError
+	switch {
+	case !stop():
+		return nil, fmt.Errorf("%w: is that gitopper, on port %s?", context.Cause(ctx), port)
+	case err == nil:
+		return ssh.NewClient(sshConn, chans, reqs), nil
+	case errors.As(err, &host):
+		return nil, host
+	// x/crypto has no type for this error.
+	case strings.Contains(err.Error(), "unable to authenticate"), strings.Contains(err.Error(), "too many authentication"):
+		return nil, fmt.Errorf("no key was accepted (%s): add one to the keys in that host's config, or name another with -i", c.keys.tried())
+	}
+	return nil, err
+}
+
+// keepAlive calls lost when the peer does not react any more. A dead peer sends nothing, not even an error, and
+// a do command may rightly be silent for half an hour.
+func keepAlive(ctx context.Context, conn ssh.Conn, lost context.CancelCauseFunc) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(aliveEvery):
+		}
+		dead := time.AfterFunc(aliveLimit, func() { lost(fmt.Errorf("%w: no sign of life for %v", errLost, aliveLimit)) })
+		_, _, err := conn.SendRequest("keepalive@openssh.com", true, nil)
+		dead.Stop()
+		if err != nil {
+			return // closed: the exchange has noticed as well, and knows more
+		}
+	}
+}
+
+func (c *client) exchange(conn *ssh.Client, h host, request string) ([]byte, error) {
+	session, err := conn.NewSession()
+	if err != nil {
+		return nil, err
+	}
+	stdout, err := session.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	stderr, err := session.StderrPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := session.Start(request); err != nil {
+		return nil, err
+	}
+	verdict := make(chan string, 1)
+	go func() { verdict <- c.passOn(h, stderr) }()
+	answer, err := io.ReadAll(io.LimitReader(stdout, answerLimit+1))
+	if err == nil && len(answer) > answerLimit {
+		return nil, fmt.Errorf("the answer is larger than %d bytes", answerLimit)
+	}
+	why := <-verdict
+	err = cmp.Or(err, session.Wait())
+	var exit *ssh.ExitError
+	switch {
+	case errors.As(err, &exit):
+		return answer, errors.New(cmp.Or(why, fmt.Sprintf("%s ended with status %d", request, exit.ExitStatus())))
+	case err != nil:
+		return nil, fmt.Errorf("%w: connection lost: %w", errLost, err)
+	}
+	return answer, nil
+}
+
+// passOn prints each line as it comes, and returns the last if it is a verdict: an HTTP status text and what was wrong.
+func (c *client) passOn(h host, stderr io.Reader) (verdict string) {
+	statuses := []string{"Not Found", "Unauthorized", "Bad Request", "Not Acceptable", "Conflict", "Internal Server Error"}
+	show := func(line string) {
+		if c.several {
+			line = h.name + ": " + line
+		}
+		c.stderr.print(line)
+	}
+	scan := bufio.NewScanner(io.LimitReader(stderr, answerLimit))
+	for scan.Scan() {
+		if verdict != "" {
+			show(verdict)
+		}
+		verdict = ""
+		if status, _, _ := strings.Cut(scan.Text(), ":"); slices.Contains(statuses, status) {
+			verdict = scan.Text()
+		} else {
+			show(scan.Text())
+		}
+	}
+	io.Copy(io.Discard, stderr) // else a flood of it would hold up the answer
+	return verdict
+}

@@ -1,0 +1,322 @@
+package ctl
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/agent"
+	"golang.org/x/crypto/ssh/knownhosts"
+)
+
+// keys are what we log in with.
+type keys struct {
+	signers []ssh.Signer
+	notes   []string // what could not be used, and why
+}
+
+func (k *keys) tried() string {
+	var s []string
+	for _, signer := range k.signers {
+		s = append(s, fingerprint(signer.PublicKey()))
+	}
+	if len(s) > 5 {
+		s = append(s[:5], fmt.Sprintf("%d more", len(s)-5))
+	}
+	return "tried " + strings.Join(append(s, k.notes...), ", ")
+}
+
+func (k *keys) add(signer ssh.Signer) {
+	if !slices.ContainsFunc(k.signers, func(s ssh.Signer) bool { return sameKey(s.PublicKey(), signer.PublicKey()) }) {
+		k.signers = append(k.signers, signer)
+	}
+}
+
+// findKeys returns the keys in files, or without any those of ssh-agent and the usual files.
+func findKeys(ctx context.Context, files []string) (*keys, error) {
+	held := sync.OnceValues(func() ([]ssh.Signer, error) { return agentKeys(ctx) })
+	k := &keys{}
+	for _, file := range files {
+		signer, err := readKey(file, held)
+		if err != nil {
+			return nil, err
+		}
+		k.add(signer)
+	}
+	if len(files) > 0 {
+		return k, nil
+	}
+	signers, err := held()
+	switch {
+	case err != nil:
+		k.notes = append(k.notes, err.Error())
+	case len(signers) == 0:
+		k.notes = append(k.notes, "ssh-agent holds none")
+	}
+	for _, signer := range signers {
+		k.add(signer)
+	}
+	usual := []string{"id_ed25519", "id_ecdsa", "id_rsa"}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		k.notes = append(k.notes, err.Error())
+		usual = nil
+	}
+	for _, name := range usual {
+		file := filepath.Join(home, ".ssh", name)
+		switch signer, err := readKey(file, held); {
+		case err == nil:
+			k.add(signer)
+		case errors.Is(err, fs.ErrNotExist):
+			k.notes = append(k.notes, "no "+file)
+		default:
+			k.notes = append(k.notes, err.Error())
+		}
+	}
+	if len(k.signers) == 0 {
+		return nil, fmt.Errorf("no key to log in with: %s: name one with -i, or make one with ssh-keygen", strings.Join(k.notes, ", "))
+	}
+	return k, nil
+}
+
+// readKey returns the private key in file. One that is encrypted, in hardware, or known by its public part only, is had from ssh-agent.
+func readKey(file string, held func() ([]ssh.Signer, error)) (ssh.Signer, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	signer, err := ssh.ParsePrivateKey(text)
+	if err == nil {
+		return signer, nil
+	}
+	var locked *ssh.PassphraseMissingError
+	encrypted := errors.As(err, &locked)
+	var public ssh.PublicKey
+	if encrypted {
+		public = locked.PublicKey // absent in the older formats
+	}
+	if beside, _ := os.ReadFile(file + ".pub"); public == nil {
+		for _, t := range [][]byte{text, beside} {
+			if key, _, _, _, err := ssh.ParseAuthorizedKey(t); err == nil && public == nil {
+				public = key
+			}
+		}
+	}
+	if public == nil && !encrypted {
+		return nil, fmt.Errorf("%s: neither a private nor a public key: %w", file, err)
+	}
+	signers, agentErr := held()
+	for _, s := range signers {
+		if public != nil && sameKey(s.PublicKey(), public) {
+			return s, nil
+		}
+	}
+	way := "ssh-agent does not hold it: ssh-add " + strings.TrimSuffix(file, ".pub")
+	if agentErr != nil {
+		way = agentErr.Error() + ": start one and ssh-add " + strings.TrimSuffix(file, ".pub")
+	}
+	if encrypted {
+		return nil, fmt.Errorf("%s is encrypted, and %s", file, way)
+	}
+	return nil, fmt.Errorf("%s is a public key, and %s", file, way)
+}
+
+// agentKeys returns what ssh-agent holds. The keys work until ctx ends.
+func agentKeys(ctx context.Context) ([]ssh.Signer, error) {
+	socket := os.Getenv("SSH_AUTH_SOCK")
+	if socket == "" {
+		return nil, errors.New("there is no ssh-agent (SSH_AUTH_SOCK is not set)")
+	}
+	conn, err := (&net.Dialer{Timeout: dialLimit}).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, fmt.Errorf("ssh-agent does not answer: %w", err)
+	}
+	context.AfterFunc(ctx, func() { conn.Close() })
+	signers, err := agent.NewClient(&agentConn{conn}).Signers()
+	if err != nil {
+		return nil, fmt.Errorf("ssh-agent does not answer: %w", err)
+	}
+	return signers, nil
+}
+
+// agentConn bounds every question to ssh-agent. It is no io.Closer, and so gets them one at a time.
+type agentConn struct{ conn net.Conn }
+
+func (a *agentConn) Read(p []byte) (int, error) { return a.conn.Read(p) }
+
+func (a *agentConn) Write(p []byte) (int, error) {
+	if err := a.conn.SetDeadline(time.Now().Add(dialLimit)); err != nil {
+		return 0, err
+	}
+	return a.conn.Write(p)
+}
+
+// knownHosts is the known_hosts file that new hosts are added to, and what it and the system's files say.
+type knownHosts struct {
+	file        string
+	check       ssh.HostKeyCallback
+	authorities map[string]bool // the @cert-authority lines, as file:line
+	mu          sync.Mutex      // one addition at a time
+}
+
+// hostKeyError is why a host is not believed.
+type hostKeyError string
+
+func (e hostKeyError) Error() string { return string(e) }
+
+// openKnownHosts reads the files. They need not exist; a line that can't be read is an error that names it.
+func openKnownHosts(file string, system ...string) (*knownHosts, error) {
+	k := &knownHosts{file: file, authorities: map[string]bool{}}
+	var files []string
+	for _, name := range append([]string{file}, system...) {
+		text, err := os.ReadFile(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		files = append(files, name)
+		for i, line := range bytes.Split(text, []byte("\n")) {
+			if bytes.HasPrefix(bytes.TrimLeft(line, " \t"), []byte("@cert-authority")) {
+				k.authorities[fmt.Sprintf("%s:%d", name, i+1)] = true
+			}
+		}
+	}
+	var err error
+	if k.check, err = knownhosts.New(files...); err != nil {
+		return nil, fmt.Errorf("known hosts: %s: mend or remove that line, or name another file with -k", strings.TrimPrefix(err.Error(), "knownhosts: "))
+	}
+	return k, nil
+}
+
+// lookup returns what is known of the address, plain keys and authorities apart, and the address that it is known
+// under: as with ssh, what is known of a host's sshd also vouches for a port that nothing is known about.
+func (k *knownHosts) lookup(addr string) (at string, plain, authorities []knownhosts.KnownKey) {
+	// Asked about a key that nobody can have, knownhosts tells which ones it wants instead.
+	nobody, _ := ssh.NewPublicKey(make(ed25519.PublicKey, ed25519.PublicKeySize))
+	h, _, _ := net.SplitHostPort(addr)
+	for _, at := range []string{addr, net.JoinHostPort(h, "22")} {
+		var unknown *knownhosts.KeyError
+		if !errors.As(k.check(at, &net.TCPAddr{}, nobody), &unknown) || len(unknown.Want) == 0 {
+			continue
+		}
+		for _, l := range unknown.Want {
+			if k.authorities[fmt.Sprintf("%s:%d", l.Filename, l.Line)] {
+				authorities = append(authorities, l)
+			} else {
+				plain = append(plain, l)
+			}
+		}
+		return at, plain, authorities
+	}
+	return addr, nil, nil
+}
+
+// algorithms returns the host key algorithms to ask for, those that can be verified first: left alone, a server
+// with several keys shows one that known_hosts may not have, which looks like a changed key (golang.org/issue/29286).
+// Certificates are only asked for where an authority is known.
+func (k *knownHosts) algorithms(addr string) []string {
+	_, plain, authorities := k.lookup(addr)
+	rank := func(algo string) int {
+		if isCert(algo) {
+			return 0
+		}
+		if strings.HasPrefix(algo, "rsa-sha2-") {
+			algo = ssh.KeyAlgoRSA
+		}
+		switch {
+		case slices.ContainsFunc(plain, func(l knownhosts.KnownKey) bool { return l.Key.Type() == algo }):
+			return 1
+		case algo == ssh.KeyAlgoED25519:
+			return 2 // what ssh remembers of a new host
+		}
+		return 3
+	}
+	all := slices.DeleteFunc(ssh.SupportedAlgorithms().HostKeys, func(algo string) bool {
+		return isCert(algo) && len(authorities) == 0
+	})
+	slices.SortStableFunc(all, func(a, b string) int { return cmp.Compare(rank(a), rank(b)) })
+	return all
+}
+
+// verify says whether key is addr's, and remembers the key of a host that nothing is known about, which gives a notice.
+func (k *knownHosts) verify(addr string, remote net.Addr, key ssh.PublicKey) (notice string, err error) {
+	at, plain, authorities := k.lookup(addr)
+	err = k.check(at, remote, key)
+	if cert, ok := key.(*ssh.Certificate); ok && err != nil {
+		if k.check(at, remote, cert.Key) == nil {
+			return "", nil // as with ssh, a known key is not worse for a certificate that is no good
+		}
+		return "", hostKeyError(fmt.Sprintf("host certificate is not valid: %s: have it signed anew, or mend the @cert-authority line", strings.TrimPrefix(err.Error(), "ssh: ")))
+	}
+	var revoked *knownhosts.RevokedError
+	switch {
+	case err == nil:
+		return "", nil
+	case errors.As(err, &revoked):
+		return "", hostKeyError(fmt.Sprintf("host key %s is revoked in %s:%d: ask the host's administrator, and don't go on",
+			fingerprint(key), revoked.Revoked.Filename, revoked.Revoked.Line))
+	case at == addr && len(plain) > 0:
+		was := plain[max(0, slices.IndexFunc(plain, func(l knownhosts.KnownKey) bool { return l.Key.Type() == key.Type() }))]
+		return "", hostKeyError(fmt.Sprintf("host key has changed: it is %s, but %s:%d has %s: someone may be in between; if the change is known, run ssh-keygen -R '%s' -f '%s'",
+			fingerprint(key), was.Filename, was.Line, fingerprint(was.Key), knownhosts.Normalize(addr), was.Filename))
+	case at == addr && len(authorities) > 0:
+		return "", hostKeyError(fmt.Sprintf("host key %s has no certificate of the authority in %s:%d: have it signed, or add the key to %s",
+			fingerprint(key), authorities[0].Filename, authorities[0].Line, k.file))
+	}
+	if err := k.remember(addr, key); err != nil {
+		return "", hostKeyError(fmt.Sprintf("new host, key %s, but it can't be remembered: %v: name another file with -k", fingerprint(key), err))
+	}
+	return fmt.Sprintf("new host, key %s remembered in %s", fingerprint(key), k.file), nil
+}
+
+// remember adds a line with a single write, so that other processes can do the same.
+func (k *knownHosts) remember(addr string, key ssh.PublicKey) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := os.MkdirAll(filepath.Dir(k.file), 0o700); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(k.file, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	line := knownhosts.Line([]string{addr}, key) + "\n"
+	last := make([]byte, 1)
+	if info, err := f.Stat(); err != nil {
+		return err
+	} else if info.Size() > 0 {
+		if _, err := f.ReadAt(last, info.Size()-1); err != nil {
+			return err
+		}
+		if last[0] != '\n' {
+			line = "\n" + line
+		}
+	}
+	if _, err := f.WriteString(line); err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+func isCert(algo string) bool { return strings.HasSuffix(algo, "-cert-v01@openssh.com") }
+
+func sameKey(a, b ssh.PublicKey) bool { return bytes.Equal(a.Marshal(), b.Marshal()) }
+
+func fingerprint(key ssh.PublicKey) string {
+	return strings.TrimPrefix(key.Type(), "ssh-") + " " + ssh.FingerprintSHA256(key)
+}
