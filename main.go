@@ -1,0 +1,1223 @@
+// Gitopper brings GitOps to plain Linux hosts. For each service in its config it
+//
+//  1. installs the service's package if it is missing (pkg.go),
+//  2. keeps a sparse Git checkout of what the service needs (git.go),
+//  3. decides which commit should run, and refuses one that must not (state.go),
+//  4. keeps and undoes local edits (state.go),
+//  5. makes the files live and bind-mounts them to where the service reads them (git.go, mount.go),
+//  6. tells the unit (systemd.go), and
+//  7. watches it settle, or goes back to the last good commit (state.go).
+//
+// Reading order: run in this file, then Service.run, then Service.reconcile, which does the above in that order.
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path"
+	"path/filepath"
+	"regexp"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"gitopper/ctl"
+
+	"github.com/BurntSushi/toml"
+)
+
+func main() {
+	os.Exit(run(os.Args, os.Stdout, os.Stderr))
+}
+
+const usage = `usage: gitopper [OPTION]... -c CONFIG           the daemon
+       gitopper --check -c CONFIG               read the config, print every mistake, and exit
+       gitopper ctl [OPTION]... COMMAND...      the client; see gitopper ctl --help
+       gitopper --help | --version | --unit     unit: a systemd unit for this binary
+
+  -h, --hosts LIST      names (comma-separated, may be repeated) to answer to; the hostname is always added
+  -c, --config FILE     config file, mandatory
+  -s, --ssh ADDR        address of the SSH interface (default ":2222"); empty turns it off
+  -m, --metric ADDR     address of the HTTP interface (default ":9222"); empty turns it off
+  -k, --hostkey FILE    private host key of the SSH interface (default: made once, in the state directory)
+  -d, --debug           log every command that is run
+  -r, --restart         when the config changed, end with status 2 so that systemd starts us anew
+  -o, --root            insist on root (default true)
+  -t, --duration D      time between looks at upstream, plus a random part of up to half of it (default 5m)
+      --once            one pass over all services, a line for each, then end: 0 if all are OK or FREEZE, else 1
+      --check           read the config, print every mistake, and exit
+
+bootstrapping, with the config in a repository:
+  -U, --upstream URL    repository to take the config from
+  -D, --directory DIR   directory in that repository (default "gitopper")
+  -B, --branch NAME     branch (default "main")
+  -M, --mount DIR       where the checkout goes: DIR/gitopper; -c is then relative to the checked out directory
+  -P, --pull            bring an existing checkout up to date before reading the config
+
+Exit status: 0 normal end, 1 error, 2 SIGHUP seen or, with -r, a new config.
+`
+
+// options are what the command line asks for.
+type options struct {
+	names                              []string // to answer to, the hostname first
+	config, ssh, metric, hostkey       string
+	debug, restart, root, once         bool
+	interval                           time.Duration
+	check, unit, version, help         bool
+	upstream, directory, branch, mount string
+	pull                               bool
+	stateDir                           string
+}
+
+func parseOptions(args []string) (o options, err error) {
+	fl := flag.NewFlagSet("gitopper", flag.ContinueOnError)
+	fl.SetOutput(io.Discard)
+	str := func(p *string, def string, names ...string) {
+		for _, n := range names {
+			fl.StringVar(p, n, def, "")
+		}
+	}
+	yes := func(p *bool, def bool, names ...string) {
+		for _, n := range names {
+			fl.BoolVar(p, n, def, "")
+		}
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		return o, err
+	}
+	o.names = []string{host}
+	for _, n := range []string{"h", "hosts"} {
+		fl.Func(n, "", func(v string) error {
+			for h := range strings.SplitSeq(v, ",") {
+				if h = strings.TrimSpace(h); h != "" && !slices.Contains(o.names, h) {
+					o.names = append(o.names, h)
+				}
+			}
+			return nil
+		})
+	}
+	str(&o.config, "", "c", "config")
+	str(&o.ssh, ":2222", "s", "ssh")
+	str(&o.metric, ":9222", "m", "metric")
+	str(&o.hostkey, "", "k", "hostkey")
+	yes(&o.debug, false, "d", "debug")
+	yes(&o.restart, false, "r", "restart")
+	yes(&o.root, true, "o", "root")
+	yes(&o.once, false, "once")
+	fl.DurationVar(&o.interval, "t", 5*time.Minute, "")
+	fl.DurationVar(&o.interval, "duration", 5*time.Minute, "")
+	yes(&o.check, false, "check")
+	yes(&o.unit, false, "unit")
+	yes(&o.version, false, "version")
+	yes(&o.help, false, "help")
+	str(&o.upstream, "", "U", "upstream")
+	str(&o.directory, "gitopper", "D", "directory")
+	str(&o.branch, "main", "B", "branch")
+	str(&o.mount, "", "M", "mount")
+	yes(&o.pull, false, "P", "pull")
+	if err := fl.Parse(args); err != nil {
+		return o, fmt.Errorf("%w: see gitopper --help", err)
+	}
+	switch {
+	case o.help, o.version, o.unit:
+	case fl.NArg() > 0:
+		err = fmt.Errorf("unexpected argument %q: see gitopper --help", fl.Arg(0))
+	case o.config == "":
+		err = errors.New("no config file: give one with -c; see gitopper --help")
+	case o.interval <= 0:
+		err = fmt.Errorf("-t %v: must be more than 0", o.interval)
+	case (o.upstream == "") != (o.mount == ""):
+		err = errors.New("bootstrapping needs both -U, the repository, and -M, the directory for its checkout")
+	case o.upstream != "" && path.IsAbs(o.config):
+		err = fmt.Errorf("-c %s: with -U it must be relative to the directory %s of the repository", o.config, o.directory)
+	case o.upstream == "" && o.pull:
+		err = errors.New("-P goes with -U")
+	}
+	// systemd makes and names the state directory. Several could be listed; ours is the first.
+	o.stateDir, _, _ = strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
+	if o.stateDir == "" {
+		o.stateDir = "/var/lib/gitopper"
+	}
+	if o.upstream == "" && o.config != "" {
+		o.config, _ = filepath.Abs(o.config)
+	}
+	return o, err
+}
+
+// run is the program: it does what args ask for, and returns the exit status.
+func run(args []string, stdout, stderr io.Writer) int {
+	if len(args) > 1 && args[1] == checkChild {
+		err := runCheckChild()
+		_, _ = fmt.Fprint(os.NewFile(4, "status"), oneLine(err.Error()))
+		return 1
+	}
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	go func() {
+		for sig := range signals {
+			stop(signalError{sig})
+		}
+	}()
+	if base := filepath.Base(args[0]); base == "gitopperctl" {
+		return ctl.Main(ctx, args[1:], stdout, stderr)
+	} else if len(args) > 1 && args[1] == "ctl" {
+		return ctl.Main(ctx, args[2:], stdout, stderr)
+	}
+	syscall.Umask(0o022)
+	o, err := parseOptions(args[1:])
+	switch {
+	case err != nil:
+	case o.help:
+		_, err = io.WriteString(stdout, usage)
+		return exitStatus(err)
+	case o.version:
+		version, goVersion := buildInfo()
+		_, err = fmt.Fprintf(stdout, "gitopper %s %s\n", version, goVersion)
+		return exitStatus(err)
+	case o.unit:
+		exe, err := os.Executable()
+		if err == nil {
+			_, err = io.WriteString(stdout, unitFile(exe))
+		}
+		return exitStatus(err)
+	case o.check:
+		c, cerr := loadConfig(o, os.ReadFile)
+		if err = cerr; err == nil && len(c.services) == 0 {
+			fmt.Fprintf(stderr, "gitopper: %s: no entry for this machine (%s)\n", o.config, strings.Join(o.names, ", "))
+		}
+	default:
+		setLogger(stderr, o.debug)
+		err = daemon(ctx, o, stdout)
+	}
+	var sig signalError
+	if errors.As(err, &sig) {
+		if sig.Signal == syscall.SIGHUP {
+			return 2
+		}
+		return 0
+	}
+	if errors.Is(err, errNewConfig) {
+		return 2
+	}
+	if err != nil {
+		for line := range strings.SplitSeq(redact(err.Error()), "\n") {
+			fmt.Fprintf(stderr, "gitopper: %s\n", line)
+		}
+	}
+	return exitStatus(err)
+}
+
+func exitStatus(err error) int {
+	if err != nil {
+		return 1
+	}
+	return 0
+}
+
+// signalError is the cause of an end by a signal.
+type signalError struct{ os.Signal }
+
+func (s signalError) Error() string { return s.String() }
+
+var (
+	errNewConfig = errors.New("the config has changed")
+	errNotAll    = errors.New("not all services are OK")
+)
+
+// agent is the running program.
+type agent struct {
+	options
+	services atomic.Pointer[[]*Service]
+	configOK atomic.Bool
+	keysOK   func() bool
+	notify   string // socket of systemd's, empty without
+	started  time.Time
+}
+
+// daemon runs until ctx is done or, with --once, through one pass. Ports and the state directory are taken before anything
+// on the host is touched; every existing checkout is mounted before systemd is told that we are ready, and nothing is
+// looked at or acted on before that.
+func daemon(ctx context.Context, o options, stdout io.Writer) error {
+	if o.root && os.Geteuid() != 0 {
+		return errors.New("must be run as root (or with --root=false, for debugging)")
+	}
+	a := &agent{options: o, notify: os.Getenv("NOTIFY_SOCKET"), started: time.Now(), keysOK: func() bool { return true }}
+	watchdog, _ := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
+	for _, k := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} {
+		os.Unsetenv(k) // not for the programs that we run
+	}
+	a.services.Store(&[]*Service{})
+	a.configOK.Store(true)
+	var c *config
+	var err error
+	if o.upstream == "" {
+		if c, err = loadConfig(o, os.ReadFile); err != nil {
+			return err
+		}
+		if len(c.services) == 0 {
+			slog.Warn(fmt.Sprintf("%s: no entry for this machine (%s): nothing to do", o.config, strings.Join(o.names, ", ")))
+			return nil
+		}
+	}
+	unlock, err := lock(o.stateDir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	var sshListener, metricListener net.Listener
+	for _, l := range []struct {
+		name, addr string
+		to         *net.Listener
+	}{{"--ssh", o.ssh, &sshListener}, {"--metric", o.metric, &metricListener}} {
+		if l.addr == "" || o.once {
+			continue
+		}
+		if *l.to, err = net.Listen("tcp", l.addr); err != nil {
+			return fmt.Errorf("%s: %w", l.name, err)
+		}
+		defer (*l.to).Close()
+	}
+	if err := gitVersion(ctx, false); err != nil {
+		return err
+	}
+	if privateNamespace() {
+		slog.Warn("we run in a mount namespace of our own: mounts may not reach the host and its units (remove PrivateTmp=, ProtectSystem= and the like from the unit)")
+	}
+	// Steps that must not be cut in two get ten more seconds when we are to end.
+	hard, kill := context.WithCancel(context.WithoutCancel(ctx))
+	defer kill()
+	context.AfterFunc(ctx, func() {
+		notify(a.notify, "STOPPING=1")
+		time.AfterFunc(10*time.Second, kill)
+	})
+	ctx = context.WithValue(ctx, hardKey{}, hard)
+	var wg sync.WaitGroup
+	if metricListener != nil {
+		wg.Go(func() {
+			serveMetrics(ctx, metricListener, func() []*Service { return *a.services.Load() }, func() bool { return a.configOK.Load() && a.keysOK() }, a.started)
+		})
+	}
+	defer wg.Wait()
+	services := []*Service{}
+	if o.upstream != "" {
+		own := newService(a.ownSpec(), o.stateDir, o.interval)
+		own.gate = func(read func(string) ([]byte, error)) error {
+			_, err := loadConfig(o, read)
+			return err
+		}
+		services = append(services, own)
+		if c, err = a.bootstrap(ctx, own); err != nil {
+			return err
+		}
+	}
+	if slices.ContainsFunc(c.services, func(s spec) bool { return s.signers != "" }) {
+		if err := signersUsable(ctx); err != nil {
+			return err
+		}
+	}
+	for _, sp := range c.services {
+		services = append(services, newService(sp, o.stateDir, o.interval))
+	}
+	if o.upstream != "" {
+		services[0].signers = c.signers
+	}
+	startCounters(services)
+	a.services.Store(&services)
+	a.mountFirst(ctx, services)
+	a.retire(services)
+	var server *sshServer
+	if sshListener != nil {
+		hostKey, make := o.hostkey, false
+		if hostKey == "" {
+			hostKey, make = filepath.Join(o.stateDir, "ssh_host_ed25519_key"), true
+		}
+		if server, err = newSSHServer(hostKey, make, c.keys, c.machines, o.names[0], services); err != nil {
+			return err
+		}
+		a.keysOK = server.keysOK
+	}
+	version, goVersion := buildInfo()
+	slog.Info(fmt.Sprintf("gitopper %s (%s) manages %d services of %s", version, goVersion, len(services), o.config), "interval", o.interval, "ssh", o.ssh, "metric", o.metric)
+	notify(a.notify, "READY=1\nSTATUS="+summary(services))
+	if o.once {
+		return onePass(ctx, services, stdout)
+	}
+	if server != nil {
+		wg.Go(func() { server.serve(ctx, sshListener) })
+	}
+	loop, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	for _, group := range byUpstream(services) {
+		wg.Go(func() { watchUpstream(loop, group, o.interval) })
+	}
+	wg.Go(func() { watchUnits(loop, services, o.interval) })
+	for _, s := range services {
+		wg.Go(func() { s.run(loop) })
+	}
+	wg.Go(func() { a.watch(loop, end, c.text, time.Duration(watchdog)*time.Microsecond, services) })
+	<-loop.Done()
+	err = context.Cause(loop)
+	slog.Info(fmt.Sprintf("ending: %v", err))
+	if ctx.Err() == nil {
+		// A new config ends us as a signal would.
+		_ = syscall.Kill(os.Getpid(), syscall.SIGHUP)
+		<-ctx.Done()
+	}
+	wg.Wait()
+	return err
+}
+
+// hardKey is the context key of the context that ends later than ours, see finish.
+type hardKey struct{}
+
+// finish returns a context for what must not be cut in two: it outlasts an operator's interruption, and our own end by ten seconds.
+func finish(ctx context.Context) context.Context {
+	if hard, ok := ctx.Value(hardKey{}).(context.Context); ok {
+		return hard
+	}
+	return context.WithoutCancel(ctx)
+}
+
+// lock makes us the only gitopper on a state directory, until the returned function is called or we end, however.
+func lock(dir string) (func(), error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	name := filepath.Join(dir, "lock")
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		pid, _ := io.ReadAll(io.LimitReader(f, 20))
+		f.Close()
+		return nil, fmt.Errorf("another gitopper, pid %s, works with %s: end that one first", strings.TrimSpace(string(pid)), dir)
+	}
+	err = f.Truncate(0)
+	if err == nil {
+		_, err = f.WriteAt(fmt.Appendln(nil, os.Getpid()), 0)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// ownSpec is the service gitopper of a bootstrap: the directory of the repository that holds our config.
+func (a *agent) ownSpec() spec {
+	return spec{upstream: a.upstream, branch: a.branch, mount: a.mount, machine: a.names[0], service: "gitopper",
+		dirs: []dir{{link: path.Clean(a.directory)}}, fallback: true}
+}
+
+// bootstrap gets hold of our own config: from the checkout if it is right there (unless -P asks for more), else from
+// upstream, as often as it takes.
+func (a *agent) bootstrap(ctx context.Context, own *Service) (*config, error) {
+	if errs := own.spec.validate(a.stateDir); len(errs) > 0 {
+		return nil, fmt.Errorf("bootstrap: %w", errors.Join(errs...))
+	}
+	var wait time.Duration
+	for first := true; ; first = false {
+		if !first || !own.repo.exists() || a.pull {
+			_ = lookAt(ctx, []*Service{own})
+			own.pass(ctx)
+		}
+		c, err := loadConfig(a.options, os.ReadFile)
+		if err == nil {
+			return c, nil
+		}
+		if own.err != nil {
+			err = own.err
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		if first && own.repo.exists() && !a.pull {
+			continue // the config in the checkout is wrong: perhaps upstream has a better one by now
+		}
+		if a.once {
+			return nil, err
+		}
+		slog.Error(fmt.Sprintf("gitopper: waiting for a right config: %s", oneLine(err.Error())))
+		if a.configOK.Store(false); len(*a.services.Load()) == 0 {
+			startCounters([]*Service{own})
+			a.services.Store(&[]*Service{own})
+			notify(a.notify, "READY=1\nSTATUS=waiting for a right config")
+		}
+		wait = min(max(2*wait, 5*time.Second), a.interval)
+		own.beat.Store(time.Now().Unix())
+		for end := time.After(wait); end != nil && ctx.Err() == nil; {
+			select {
+			case <-ctx.Done():
+			case <-end:
+				end = nil
+			case <-time.After(5 * time.Second):
+				own.beat.Store(time.Now().Unix())
+				notify(a.notify, "WATCHDOG=1")
+			}
+		}
+		a.configOK.Store(true)
+	}
+}
+
+// signersUsable says whether the programs here can verify SSH signatures: git 2.34 and OpenSSH 8.2.
+func signersUsable(ctx context.Context) error {
+	if err := gitVersion(ctx, true); err != nil {
+		return fmt.Errorf("signers: %w", err)
+	}
+	out, err := exec.CommandContext(ctx, "ssh", "-V").CombinedOutput() // OpenSSH_9.2p1 Debian-2+deb12u3, OpenSSL 3.0.14
+	var major, minor int
+	if _, serr := fmt.Sscanf(string(out), "OpenSSH_%d.%d", &major, &minor); err != nil || serr == nil && (major < 8 || major == 8 && minor < 2) {
+		return fmt.Errorf("signers: OpenSSH 8.2 or newer is needed for ssh-keygen: ssh -V says %q", oneLine(string(out)))
+	}
+	return nil
+}
+
+// mountFirst mounts what is checked out already, without network and without systemd, so that units ordered after us start
+// on their files. What can't be mounted is reported by the first pass.
+func (a *agent) mountFirst(ctx context.Context, services []*Service) {
+	for _, s := range services {
+		if s.rec.Live == "" || !s.repo.exists() {
+			continue
+		}
+		acct, err := lookupAccount(ctx, s.user)
+		if s.repo.acct = acct; err == nil {
+			err = s.mountAll()
+		}
+		if err != nil {
+			slog.Warn(fmt.Sprintf("%s: not mounted yet: %s", s.service, oneLine(err.Error())))
+		}
+	}
+}
+
+// retire takes away the mounts of services that have left the config. Checkout and record stay for their return.
+func (a *agent) retire(services []*Service) {
+	files, _ := filepath.Glob(recordFile(a.stateDir, "*"))
+	for _, f := range files {
+		name := strings.TrimSuffix(filepath.Base(f), ".json")
+		if slices.ContainsFunc(services, func(s *Service) bool { return s.service == name }) {
+			continue
+		}
+		rec, data, err := readRecord(f)
+		if err != nil || len(rec.Mounts) == 0 && len(rec.Made) == 0 {
+			continue
+		}
+		s := &Service{spec: spec{service: name}, stateDir: a.stateDir, rec: rec, saved: data}
+		s.rec.Told = ""
+		if err := s.sweep(); err != nil {
+			slog.Error(fmt.Sprintf("%s: left the config: %v", name, err))
+			continue
+		}
+		slog.Info(fmt.Sprintf("%s: left the config: its mounts are gone, its unit is not called, its checkout stays", name))
+	}
+}
+
+// onePass is --once: every service is looked at and brought to what it should be, side by side.
+func onePass(ctx context.Context, services []*Service, stdout io.Writer) error {
+	var wg sync.WaitGroup
+	for _, group := range byUpstream(services) {
+		wg.Go(func() {
+			_ = lookAt(ctx, group)
+			var passes sync.WaitGroup
+			for _, s := range group {
+				passes.Go(func() { s.pass(ctx) })
+			}
+			passes.Wait()
+		})
+	}
+	wg.Wait()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	var err error
+	for _, s := range services {
+		st := s.Status()
+		if l := s.looked.Load(); st.state == stateOK && l != nil && l.err != nil {
+			st.State, st.Info, st.state = "DIFF", oneLine(l.err.Error()), stateDiff // there is no second look that could tell
+		}
+		fmt.Fprintln(stdout, strings.TrimSpace(fmt.Sprintf("%s %.8s %s %s", s.service, st.Commit, st.State, st.Info)))
+		if st.state != stateOK && st.state != stateFreeze {
+			err = errNotAll
+		}
+	}
+	return err
+}
+
+// byUpstream groups services that one look serves: of one upstream, asked as one user.
+func byUpstream(services []*Service) [][]*Service {
+	var groups [][]*Service
+next:
+	for _, s := range services {
+		for i, g := range groups {
+			if g[0].upstream == s.upstream && g[0].user == s.user {
+				groups[i] = append(g, s)
+				continue next
+			}
+		}
+		groups = append(groups, []*Service{s})
+	}
+	return groups
+}
+
+// watch feeds systemd's watchdog while all service loops turn, keeps its status line, and notices a changed config: with
+// -r a right one ends us, a wrong one is reported and the running one stays.
+func (a *agent) watch(ctx context.Context, end context.CancelCauseFunc, running []byte, watchdog time.Duration, services []*Service) {
+	period := 2 * time.Second
+	if watchdog > 0 {
+		period = min(period, watchdog/3)
+	}
+	tick := time.NewTicker(period)
+	defer tick.Stop()
+	seen, status := running, ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if watchdog > 0 && len(healthy(services)) == 0 {
+			notify(a.notify, "WATCHDOG=1")
+		}
+		if s := summary(services); s != status {
+			status = s
+			notify(a.notify, "STATUS="+s)
+		}
+		text, err := os.ReadFile(a.configPath())
+		if err == nil && bytes.Equal(text, seen) {
+			continue
+		}
+		if err == nil {
+			seen = text
+			_, err = loadConfig(a.options, os.ReadFile)
+		} else if !a.configOK.Load() {
+			continue // said already
+		}
+		a.configOK.Store(err == nil)
+		switch {
+		case err != nil:
+			slog.Error(fmt.Sprintf("the new config is wrong, the running one stays: %s", oneLine(err.Error())))
+		case bytes.Equal(text, running):
+		case a.restart:
+			end(errNewConfig)
+			return
+		default:
+			slog.Warn("the config has changed: restart gitopper to use it (or run it with -r)")
+		}
+	}
+}
+
+// summary counts services by state and names those in trouble, for systemd's status line.
+func summary(services []*Service) string {
+	n, bad := map[string]int{}, ""
+	for _, s := range services {
+		st := s.Status()
+		if n[st.State]++; st.state >= stateBroken {
+			bad += " " + st.Service
+		}
+	}
+	text := fmt.Sprintf("%d ok, %d frozen, %d in trouble", n["OK"], n["FREEZE"]+n["ROLLBACK"], n["BROKEN"]+n["DIFF"])
+	if bad != "" {
+		text += ":" + bad
+	}
+	return text
+}
+
+// config is a validated config file with all defaults merged in; nobody writes it after loading.
+type config struct {
+	text     []byte
+	machines []string // of every entry, in the file's order
+	keys     []key
+	signers  string // of [global]: for our own config
+	services []spec // the entries for this machine
+}
+
+// key is one entry of [global] keys.
+type key struct {
+	path string // absolute
+	ro   bool
+}
+
+// spec is one validated entry of the config, defaults merged in.
+type spec struct {
+	upstream, branch, mount, machine, service, user, pkg, action string
+	dirs                                                         []dir
+	check                                                        []string
+	fallback                                                     bool
+	settle                                                       time.Duration
+	signers                                                      string
+}
+
+// dir says where a path of the repository is to be seen.
+type dir struct {
+	local string // absolute; empty: only checked out
+	link  string // relative to the repository's top
+	file  bool
+}
+
+func (o *options) configPath() string {
+	if o.upstream == "" {
+		return o.config
+	}
+	return filepath.Join(o.mount, "gitopper", o.directory, o.config)
+}
+
+var (
+	unitName    = regexp.MustCompile(`^[A-Za-z0-9:_\\@][A-Za-z0-9:_.\\@-]*$`)
+	accountName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]*\$?$`)
+	packageName = regexp.MustCompile(`^[A-Za-z0-9@][A-Za-z0-9@+._:/-]*$`)
+	actions     = []string{"", "start", "restart", "reload", "try-restart", "reload-or-restart", "try-reload-or-restart", "stop", "kill"}
+)
+
+// table is a TOML table whose values are not decoded yet, so that each wrong one can be reported.
+type table map[string]toml.Primitive
+
+// loadConfig reads and validates the config that o names, and the key files it names, through read. All mistakes are
+// returned at once, one a line. Entries for other machines are validated like ours.
+func loadConfig(o options, read func(string) ([]byte, error)) (*config, error) {
+	file := o.configPath()
+	text, err := read(file)
+	if err != nil {
+		return nil, fmt.Errorf("config: %w", err)
+	}
+	p := parser{c: &config{text: text}, file: file, stateDir: o.stateDir, names: o.names, read: read}
+	if o.upstream != "" {
+		p.entries = []spec{{mount: filepath.Clean(o.mount), service: "gitopper", machine: o.names[0]}}
+	}
+	p.parse(string(text))
+	if err := errors.Join(p.errs...); err != nil {
+		return nil, err
+	}
+	return p.c, nil
+}
+
+// parser collects a config and all that is wrong with it.
+type parser struct {
+	c        *config
+	md       toml.MetaData
+	file     string
+	stateDir string
+	names    []string
+	read     func(string) ([]byte, error)
+	entries  []spec
+	errs     []error
+}
+
+func (p *parser) errorf(format string, args ...any) {
+	p.errs = append(p.errs, fmt.Errorf("%s: %w", p.file, fmt.Errorf(format, args...)))
+}
+
+// take decodes a table's values into the fields of their names. Names are case-insensitive, as they have always been.
+func (p *parser) take(where string, t table, fields map[string]any) {
+	for _, k := range sortedKeys(t) {
+		dst, ok := fields[strings.ToLower(k)]
+		if !ok {
+			p.errorf("%s: %s: unknown option, expected one of %s", where, k, strings.Join(sortedKeys(fields), ", "))
+			continue
+		}
+		if err := p.md.PrimitiveDecode(t[k], dst); err != nil {
+			p.errorf("%s: %s: must be %s", where, k, kindOf(dst))
+		}
+	}
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	keys := make([]string, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys
+}
+
+func kindOf(dst any) string {
+	switch dst.(type) {
+	case *string:
+		return "a string"
+	case *bool, **bool:
+		return "true or false"
+	case *[]string, **[]string:
+		return "a list of strings"
+	case *table:
+		return "a table"
+	}
+	return "a list of tables"
+}
+
+func (p *parser) parse(text string) {
+	var top table
+	var err error
+	if p.md, err = toml.Decode(text, &top); err != nil {
+		var perr toml.ParseError
+		if errors.As(err, &perr) {
+			p.errorf("line %d, column %d: %s", perr.Position.Line, perr.Position.Col, perr.Message)
+		} else {
+			p.errorf("%w", err)
+		}
+		return
+	}
+	var global table
+	var services, keys []table
+	p.take("top level", top, map[string]any{"global": &global, "services": &services})
+	def := spec{branch: "main", fallback: true, settle: 3 * time.Second}
+	fields := p.defaults(&def)
+	fields["keys"] = &keys
+	settle := def.settleText(fields)
+	p.take("[global]", global, fields)
+	p.settle("[global]", *settle, &def)
+	p.keys(keys)
+	p.c.signers = def.signers
+	if def.signers != "" && !path.IsAbs(def.signers) {
+		p.errorf("[global]: signers %q: must be absolute", def.signers)
+	}
+	for i, t := range services {
+		p.service(i, t, def)
+	}
+	p.conflicts()
+}
+
+func (p *parser) defaults(s *spec) map[string]any {
+	return map[string]any{"upstream": &s.upstream, "branch": &s.branch, "mount": &s.mount, "user": &s.user, "action": &s.action, "fallback": &s.fallback, "signers": &s.signers}
+}
+
+// settleText adds the option settle to fields, as the text that it is before it is a duration.
+func (s *spec) settleText(fields map[string]any) *string {
+	text := s.settle.String()
+	fields["settle"] = &text
+	return &text
+}
+
+func (p *parser) settle(where, text string, s *spec) {
+	d, err := time.ParseDuration(text)
+	if err != nil || d < 0 || d > 5*time.Minute {
+		p.errorf("%s: settle %q: must be a duration of at most 5m, such as \"3s\"", where, text)
+		return
+	}
+	s.settle = d
+}
+
+func (p *parser) keys(keys []table) {
+	if len(keys) == 0 {
+		p.errorf("[global]: keys: at least one { path = \"FILE\" } is required, a public key that may use the SSH interface")
+	}
+	for i, t := range keys {
+		where := fmt.Sprintf("[global]: keys[%d]", i)
+		var k key
+		p.take(where, t, map[string]any{"path": &k.path, "ro": &k.ro})
+		if k.path == "" {
+			p.errorf("%s: path: required", where)
+			continue
+		}
+		if !path.IsAbs(k.path) {
+			k.path = filepath.Join(filepath.Dir(p.file), k.path)
+		}
+		data, err := p.read(k.path)
+		if err == nil {
+			if _, err = parseKeys(data); err != nil {
+				err = fmt.Errorf("%s: %w", k.path, err)
+			}
+		}
+		if err != nil {
+			p.errorf("%s: %w", where, err)
+		}
+		p.c.keys = append(p.c.keys, k)
+	}
+}
+
+func (p *parser) service(i int, t table, def spec) {
+	s := def
+	where := fmt.Sprintf("services[%d]", i)
+	var name string
+	for k, v := range t {
+		if strings.EqualFold(k, "service") && p.md.PrimitiveDecode(v, &name) == nil {
+			where += fmt.Sprintf(" %q", name)
+		}
+	}
+	var dirs []table
+	var check *[]string
+	fields := p.defaults(&s)
+	fields["machine"], fields["service"], fields["package"] = &s.machine, &s.service, &s.pkg
+	fields["dirs"], fields["check"] = &dirs, &check
+	settle := s.settleText(fields)
+	p.take(where, t, fields)
+	p.settle(where, *settle, &s)
+	if check != nil {
+		if s.check = *check; len(s.check) == 0 || s.check[0] == "" {
+			p.errorf("%s: check: must have at least one word", where)
+		}
+	}
+	for j, t := range dirs {
+		d, at := dir{}, fmt.Sprintf("%s: dirs[%d]", where, j)
+		p.take(at, t, map[string]any{"local": &d.local, "link": &d.link, "file": &d.file})
+		s.dirs = append(s.dirs, d)
+	}
+	for _, err := range s.validate(p.stateDir) {
+		p.errorf("%s: %w", where, err)
+	}
+	p.c.machines = append(p.c.machines, s.machine)
+	p.entries = append(p.entries, s)
+	if slices.Contains(p.names, s.machine) {
+		p.c.services = append(p.c.services, s)
+	}
+}
+
+// validate judges an entry by itself, and brings its paths to their shortest form.
+func (s *spec) validate(stateDir string) (errs []error) {
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if err := validUpstream(s.upstream); err != nil {
+		bad("upstream %q: %w", redact(s.upstream), err)
+	}
+	if !validBranch(s.branch) {
+		bad("branch %q: must be a valid branch name", s.branch)
+	}
+	if s.mount = cleanPath(s.mount); !path.IsAbs(s.mount) {
+		bad("mount %q: required, must be absolute", s.mount)
+	} else if s.mount == "/" {
+		bad("mount %q: must not be /", s.mount)
+	}
+	if s.machine == "" {
+		bad("machine: required")
+	}
+	if !unitName.MatchString(s.service) || len(s.service) > 200 {
+		bad("service %q: required, must be a unit name: letters, digits and :_.@\\-, no leading - or .", s.service)
+	}
+	if s.user != "" && !accountName.MatchString(s.user) {
+		bad("user %q: must be an account name", s.user)
+	}
+	if s.pkg != "" && !packageName.MatchString(s.pkg) {
+		bad("package %q: must be a package name", s.pkg)
+	}
+	if !slices.Contains(actions, s.action) {
+		bad("action %q: must be one of %s", s.action, strings.Join(actions[1:], ", "))
+	}
+	if s.signers != "" && !path.IsAbs(s.signers) {
+		bad("signers %q: must be absolute", s.signers)
+	}
+	for j := range s.dirs {
+		d := &s.dirs[j]
+		switch clean := path.Clean(d.link); {
+		case d.link == "":
+			bad("dirs[%d].link: required", j)
+		case path.IsAbs(d.link):
+			bad("dirs[%d].link %q: must be relative", j, d.link)
+		case clean == "." || clean == ".." || strings.HasPrefix(clean, "../"):
+			bad("dirs[%d].link %q: must be a path inside the repository", j, d.link)
+		case slices.ContainsFunc(strings.Split(clean, "/"), func(c string) bool { return strings.EqualFold(c, ".git") }):
+			bad("dirs[%d].link %q: must not contain .git", j, d.link)
+		case strings.ContainsFunc(d.link, control):
+			bad("dirs[%d].link %q: must not contain control characters", j, d.link)
+		default:
+			d.link = clean
+		}
+		if d.local == "" {
+			continue
+		}
+		switch clean := path.Clean(d.local); {
+		case !path.IsAbs(d.local) || clean == "/" || strings.ContainsFunc(d.local, control):
+			bad("dirs[%d].local %q: must be an absolute path other than /", j, d.local)
+		case nested(clean, s.mount):
+			bad("dirs[%d].local %q: must not be in, around or equal to mount %q", j, d.local, s.mount)
+		case nested(clean, stateDir):
+			bad("dirs[%d].local %q: must not be in, around or equal to the state directory %q", j, d.local, stateDir)
+		default:
+			d.local = clean
+		}
+	}
+	return errs
+}
+
+func cleanPath(p string) string {
+	if p == "" {
+		return ""
+	}
+	return path.Clean(p)
+}
+
+func control(r rune) bool { return r < ' ' || r == 0x7f }
+
+// nested says whether one of two clean absolute paths is the other or lies in it.
+func nested(a, b string) bool {
+	return a == b || strings.HasPrefix(a, b+"/") || strings.HasPrefix(b, a+"/")
+}
+
+func validUpstream(u string) error {
+	scheme, _, isURL := strings.Cut(u, "://")
+	switch {
+	case u == "":
+		return errors.New("required")
+	case strings.HasPrefix(u, "-"), strings.ContainsFunc(u, control):
+		return errors.New("must be a URL or a path, without a leading - or control characters")
+	case isURL && !slices.Contains([]string{"https", "http", "ssh", "git", "file"}, scheme):
+		return errors.New("must be an https, http, ssh, git or file URL, or a path")
+	case !isURL && strings.Contains(u, "::"):
+		return errors.New("must not name a transport helper")
+	case !isURL && !path.IsAbs(u) && !strings.Contains(strings.SplitN(u, "/", 2)[0], ":"):
+		return errors.New("a path must be absolute")
+	}
+	return nil
+}
+
+// validBranch follows git-check-ref-format(1), --branch.
+func validBranch(b string) bool {
+	if b == "" || b == "@" || b == "HEAD" || b[0] == '-' || strings.HasSuffix(b, ".") || strings.Contains(b, "..") || strings.Contains(b, "@{") || strings.ContainsAny(b, " ~^:?*[\\") || strings.ContainsFunc(b, control) {
+		return false
+	}
+	for c := range strings.SplitSeq(b, "/") {
+		if c == "" || c[0] == '.' || strings.HasSuffix(c, ".lock") {
+			return false
+		}
+	}
+	return true
+}
+
+// conflicts finds what entries for one machine would fight over. All names of this host are one machine.
+func (p *parser) conflicts() {
+	machine := func(s spec) string {
+		if slices.Contains(p.names, s.machine) {
+			return p.names[0]
+		}
+		return s.machine
+	}
+	for i, a := range p.entries {
+		for _, d := range a.dirs { // a mount of another entry is as untouchable as its own
+			for _, b := range p.entries {
+				if machine(a) == machine(b) && a.mount != b.mount && d.local != "" && path.IsAbs(b.mount) && nested(d.local, b.mount) {
+					p.errorf("service %q: local %q: must not be in, around or equal to mount %q of service %q", a.service, d.local, b.mount, b.service)
+				}
+			}
+		}
+		for j, d := range a.dirs {
+			for _, e := range a.dirs[j+1:] {
+				if d.local != "" && e.local != "" && nested(d.local, e.local) {
+					p.errorf("service %q: locals %q and %q: must not be the same or nest", a.service, d.local, e.local)
+				}
+			}
+		}
+		for _, b := range p.entries[i+1:] {
+			if machine(a) != machine(b) {
+				continue
+			}
+			if strings.TrimSuffix(a.service, ".service") == strings.TrimSuffix(b.service, ".service") {
+				p.errorf("service %q: twice on machine %q", a.service, a.machine)
+			} else if nested(filepath.Join(a.mount, a.service), filepath.Join(b.mount, b.service)) {
+				p.errorf("services %q and %q: checkouts %s and %s must not be the same or nest", a.service, b.service, filepath.Join(a.mount, a.service), filepath.Join(b.mount, b.service))
+			}
+			for _, d := range a.dirs {
+				for _, e := range b.dirs {
+					if d.local != "" && e.local != "" && nested(d.local, e.local) {
+						p.errorf("services %q and %q: locals %q and %q: must not be the same or nest", a.service, b.service, d.local, e.local)
+					}
+				}
+			}
+		}
+	}
+}
+
+func moduleVersion() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	version := info.Main.Version
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && (version == "" || version == "(devel)") {
+			version = s.Value
+		}
+	}
+	return version
+}
+
+// setLogger makes slog write one line an event to w: with a <N> priority and no time where the journal reads along, which
+// has its own (sd-daemon(3), systemd.exec(5) on JOURNAL_STREAM).
+func setLogger(w io.Writer, debug bool) {
+	level := slog.LevelInfo
+	if debug {
+		level = slog.LevelDebug
+	}
+	journal := false
+	var st syscall.Stat_t
+	if f, ok := w.(*os.File); ok && syscall.Fstat(int(f.Fd()), &st) == nil {
+		journal = os.Getenv("JOURNAL_STREAM") == fmt.Sprintf("%d:%d", st.Dev, st.Ino)
+	}
+	slog.SetDefault(slog.New(&lineHandler{w: w, level: level, journal: journal, mu: &sync.Mutex{}}))
+}
+
+type lineHandler struct {
+	w       io.Writer
+	level   slog.Level
+	journal bool
+	attrs   string
+	mu      *sync.Mutex
+}
+
+func (h *lineHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.level }
+func (h *lineHandler) WithGroup(string) slog.Handler                { return h }
+func (h *lineHandler) WithAttrs(as []slog.Attr) slog.Handler {
+	c := *h
+	for _, a := range as {
+		c.attrs += " " + a.String()
+	}
+	return &c
+}
+
+func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
+	var b strings.Builder
+	if h.journal {
+		n := map[slog.Level]int{slog.LevelDebug: 7, slog.LevelInfo: 6, slog.LevelWarn: 4, slog.LevelError: 3}[r.Level]
+		fmt.Fprintf(&b, "<%d>", n)
+	} else {
+		b.WriteString(r.Time.Format("2006-01-02T15:04:05.000Z07:00 ") + r.Level.String() + " ")
+	}
+	b.WriteString(r.Message + h.attrs)
+	r.Attrs(func(a slog.Attr) bool { b.WriteString(" " + a.String()); return true })
+	line := oneLine(redact(b.String())) + "\n"
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	_, err := io.WriteString(h.w, line)
+	return err
+}
+
+var userinfo = regexp.MustCompile(`(://)[^/@\s]*:[^/@\s]*@|(https?://)[^/@\s]+@`)
+
+// redact takes passwords and tokens out of the URLs in a text.
+func redact(s string) string {
+	return userinfo.ReplaceAllString(s, "${1}${2}***@")
+}
+
+// oneLine makes a program's words one line of an info or a log, without what could steer a terminal.
+func oneLine(s string) string {
+	s = strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
+	return strings.TrimSpace(strings.Map(func(r rune) rune {
+		if r == '\t' {
+			return ' '
+		}
+		if control(r) || r >= 0x80 && r < 0xa0 {
+			return -1
+		}
+		return r
+	}, s))
+}
+
+// tail keeps the last lines that are written to it.
+type tail struct {
+	mu  sync.Mutex
+	buf []byte
+}
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.buf = append(t.buf, p...)
+	if n := len(t.buf); n > 8192 {
+		t.buf = append(t.buf[:0], t.buf[n-4096:]...)
+	}
+	return len(p), nil
+}
+
+// last returns the last few lines as one, of a length that fits an info.
+func (t *tail) last() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	lines := strings.Split(strings.TrimSpace(strings.ToValidUTF8(string(t.buf), "?")), "\n")
+	s := oneLine(strings.Join(lines[max(0, len(lines)-6):], "\n"))
+	return s[max(0, len(s)-800):]
+}
+
+// execute runs a program to its end and returns its standard output, unless cmd.Stdout takes that. It is the only way in
+// which programs are run: without a shell, in the C locale, in a process group of its own. When ctx is done or limit has
+// passed, the group gets the signal end; after SIGKILL nothing is waited for, while one that was only asked to end is
+// waited for as long as it takes. The error holds the program's last words, or names the limit.
+func execute(ctx context.Context, name string, cmd *exec.Cmd, limit time.Duration, end syscall.Signal) ([]byte, error) {
+	return executeThen(ctx, name, cmd, limit, end, func() {})
+}
+
+// executeThen is execute, with a function that is called when the program has been started, or could not be.
+func executeThen(ctx context.Context, name string, cmd *exec.Cmd, limit time.Duration, end syscall.Signal, started func()) ([]byte, error) {
+	if err := ctx.Err(); err != nil {
+		started()
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	var stdout bytes.Buffer
+	words := &tail{}
+	if cmd.Stdout == nil {
+		cmd.Stdout = &stdout
+	} else if t, ok := cmd.Stdout.(*tail); ok {
+		words = t
+	}
+	if cmd.Stderr == nil {
+		cmd.Stderr = words
+	}
+	if cmd.Env == nil {
+		cmd.Env = os.Environ()
+	}
+	cmd.Env = append(cmd.Env, "LC_ALL=C")
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Setpgid = true
+	// A daemon that the program leaves behind may hold the pipes open: it is not waited for.
+	cmd.WaitDelay = 3 * time.Second
+	start := time.Now()
+	err := cmd.Start()
+	started()
+	if err == nil {
+		done, group := make(chan struct{}), -cmd.Process.Pid
+		timeout := time.NewTimer(limit)
+		defer timeout.Stop()
+		var late atomic.Bool
+		go func() {
+			select {
+			case <-done:
+				return
+			case <-ctx.Done():
+			case <-timeout.C:
+				late.Store(true)
+			}
+			_ = syscall.Kill(group, end)
+		}()
+		err = cmd.Wait()
+		close(done)
+		if errors.Is(err, exec.ErrWaitDelay) && cmd.ProcessState.Success() {
+			err = nil
+		}
+		switch {
+		case err == nil:
+		case late.Load():
+			err = fmt.Errorf("took longer than %v and was ended", limit)
+		case ctx.Err() != nil:
+			err = fmt.Errorf("ended: %w", ctx.Err())
+		}
+	}
+	if err != nil {
+		if w := words.last(); w != "" {
+			err = fmt.Errorf("%w: %s", err, w)
+		}
+		err = fmt.Errorf("%s: %w", name, err)
+	}
+	user := os.Getuid()
+	if cmd.SysProcAttr.Credential != nil {
+		user = int(cmd.SysProcAttr.Credential.Uid)
+	}
+	args := cmd.Args
+	for len(args) > 2 && args[1] == "-c" { // settings of git's, the same each time
+		args = append(args[:1:1], args[3:]...)
+	}
+	slog.Debug(fmt.Sprintf("run %q", args), "dir", cmd.Dir, "uid", user, "took", time.Since(start).Round(time.Millisecond), "error", err)
+	return stdout.Bytes(), err
+}

@@ -1,0 +1,232 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// counters are sums by metric name and label set. They may be used from everywhere.
+type counters struct {
+	mu   sync.Mutex
+	sums map[string]map[string]float64
+}
+
+// count holds all counters of the process.
+var count = &counters{sums: map[string]map[string]float64{}}
+
+func (c *counters) add(name, labels string) { c.addFloat(name, labels, 1) }
+
+// addFloat adds v to a counter; a v of 0 makes it be there, so that its first increase is seen as one.
+func (c *counters) addFloat(name, labels string, v float64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.sums[name] == nil {
+		c.sums[name] = map[string]float64{}
+	}
+	c.sums[name][labels] += v
+}
+
+// labels builds a label set from names and values.
+func labels(kv ...string) string {
+	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
+	var b strings.Builder
+	for i := 0; i+1 < len(kv); i += 2 {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		fmt.Fprintf(&b, `%s="%s"`, kv[i], escape.Replace(kv[i+1]))
+	}
+	return b.String()
+}
+
+// startCounters makes every counter of a service present from the start.
+func startCounters(services []*Service) {
+	count.addFloat("gitopper_machine_git_ops_total", "", 0)
+	count.addFloat("gitopper_machine_git_errors_total", "", 0)
+	for _, s := range services {
+		count.addFloat("gitopper_service_drift_total", labels("service", s.service), 0)
+		for _, reason := range []string{"link", "signers", "check", "fallback", "config"} {
+			count.addFloat("gitopper_service_refused_total", labels("service", s.service, "reason", reason), 0)
+		}
+		for _, result := range []string{"ok", "failed"} {
+			l := labels("service", s.service, "result", result)
+			count.addFloat("gitopper_service_actions_total", l, 0)
+			count.addFloat("gitopper_service_action_seconds_total", l, 0)
+		}
+	}
+}
+
+// metric is one family of the exposition: its name, type and help, and for gauges the samples by label set.
+type metric struct {
+	name, kind, help string
+	samples          map[string]float64
+}
+
+// writeMetrics writes the Prometheus text format, version 0.0.4. See prometheus.io/docs/instrumenting/exposition_formats.
+func writeMetrics(w io.Writer, services []*Service, configOK bool, started time.Time) {
+	state, change, info := map[string]float64{}, map[string]float64{}, map[string]float64{}
+	sync, since, last := map[string]float64{}, map[string]float64{}, map[string]float64{}
+	for _, s := range services {
+		st, l := s.Status(), labels("service", s.service)
+		state[l], change[l] = float64(st.state), seconds(st.Change)
+		sync[l], since[l], last[l] = truth(st.InSync), seconds(st.OutOfSync), seconds(st.LastLook)
+		info[labels("service", s.service, "hash", fmt.Sprintf("%.8s", st.Commit), "branch", st.Branch, "upstream", redact(st.Upstream))] = 1
+	}
+	rss, cpu, fds := process()
+	version, goVersion := buildInfo()
+	one := func(v float64) map[string]float64 { return map[string]float64{"": v} }
+	for _, m := range []metric{
+		{"gitopper_service_state", "gauge", "State of the service: 0 OK, 1 FREEZE, 2 ROLLBACK, 3 BROKEN, 4 DIFF.", state},
+		{"gitopper_service_change_time_seconds", "gauge", "When the state last changed, Unix time.", change},
+		{"gitopper_service_info", "gauge", "Which commit of which branch and upstream runs.", info},
+		{"gitopper_service_in_sync", "gauge", "Whether what runs is upstream's newest commit.", sync},
+		{"gitopper_service_out_of_sync_since_seconds", "gauge", "Since when it is not, Unix time; 0 while it is.", since},
+		{"gitopper_service_last_look_seconds", "gauge", "Last successful look at upstream, Unix time.", last},
+		{"gitopper_service_drift_total", "counter", "Local edits undone.", nil},
+		{"gitopper_service_refused_total", "counter", "Commits refused or taken back.", nil},
+		{"gitopper_service_actions_total", "counter", "Actions on the unit.", nil},
+		{"gitopper_service_action_seconds_total", "counter", "Time taken by actions on the unit.", nil},
+		{"gitopper_machine_git_errors_total", "counter", "Runs of git that failed.", nil},
+		{"gitopper_machine_git_ops_total", "counter", "Runs of git.", nil},
+		{"gitopper_config_ok", "gauge", "0 while a newer config or key file is wrong.", one(truth(configOK))},
+		{"gitopper_build_info", "gauge", "Version of gitopper and of Go.", map[string]float64{labels("version", version, "goversion", goVersion): 1}},
+		{"process_start_time_seconds", "gauge", "Start of the process, Unix time.", one(seconds(started))},
+		{"process_resident_memory_bytes", "gauge", "Resident memory.", one(rss)},
+		{"process_cpu_seconds_total", "counter", "User and system CPU time.", one(cpu)},
+		{"process_open_fds", "gauge", "Open file descriptors.", one(fds)},
+	} {
+		if m.samples == nil {
+			count.mu.Lock()
+			m.samples = maps.Clone(count.sums[m.name])
+			count.mu.Unlock()
+		}
+		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", m.name, m.help, m.kind)
+		for _, l := range slices.Sorted(maps.Keys(m.samples)) {
+			set := l
+			if set != "" {
+				set = "{" + set + "}"
+			}
+			fmt.Fprintf(w, "%s%s %s\n", m.name, set, strconv.FormatFloat(m.samples[l], 'f', -1, 64))
+		}
+	}
+}
+
+func seconds(t time.Time) float64 {
+	if t.IsZero() {
+		return 0
+	}
+	return float64(t.UnixMilli()) / 1000
+}
+
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// process reads what proc_pid_statm(5), getrusage(2) and /proc/self/fd say of us.
+func process() (rss, cpu, fds float64) {
+	if data, err := os.ReadFile("/proc/self/statm"); err == nil { // size resident shared text lib data dt, in pages
+		if f := strings.Fields(string(data)); len(f) > 1 {
+			n, _ := strconv.ParseFloat(f[1], 64)
+			rss = n * float64(os.Getpagesize())
+		}
+	}
+	var ru syscall.Rusage
+	if syscall.Getrusage(syscall.RUSAGE_SELF, &ru) == nil {
+		cpu = float64(ru.Utime.Nano()+ru.Stime.Nano()) / 1e9
+	}
+	if d, err := os.ReadDir("/proc/self/fd"); err == nil {
+		fds = float64(len(d) - 1) // one of them is for reading this
+	}
+	return rss, cpu, fds
+}
+
+// healthy says whether all service loops still turn, and names those that don't: a loop looks up every five seconds, and
+// no pass outlasts the sum of its time limits.
+func healthy(services []*Service) (stuck []string) {
+	now := time.Now().Unix()
+	for _, s := range services {
+		busy := s.busy.Load()
+		if now-s.beat.Load() > 60 || busy != 0 && now-busy > int64(4*time.Hour/time.Second) {
+			stuck = append(stuck, s.service)
+		}
+	}
+	return stuck
+}
+
+// serveMetrics answers /metrics, /healthz and / on l until ctx is done. Connections are few and short, whoever makes them.
+func serveMetrics(ctx context.Context, l net.Listener, services func() []*Service, configOK func() bool, started time.Time) {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		var b bytes.Buffer
+		writeMetrics(&b, services(), configOK(), started)
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		_, _ = w.Write(b.Bytes())
+	})
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		if stuck := healthy(services()); len(stuck) > 0 {
+			http.Error(w, "stuck: "+strings.Join(stuck, " "), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		fmt.Fprint(w, `<!doctype html><title>gitopper</title><h1>gitopper</h1><ul><li><a href="/metrics">/metrics</a><li><a href="/healthz">/healthz</a></ul>`+"\n")
+	})
+	server := &http.Server{Handler: mux, ReadTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: 60 * time.Second, MaxHeaderBytes: 8 << 10,
+		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug)}
+	context.AfterFunc(ctx, func() { server.Close() })
+	if err := server.Serve(&boundedListener{l, make(chan struct{}, 64)}); !errors.Is(err, http.ErrServerClosed) {
+		slog.Error(fmt.Sprintf("metrics: %v", err))
+	}
+}
+
+// boundedListener accepts no more connections at a time than slots holds, so that they can't take git's descriptors.
+type boundedListener struct {
+	net.Listener
+	slots chan struct{}
+}
+
+type boundedConn struct {
+	net.Conn
+	free func()
+}
+
+func (l *boundedListener) Accept() (net.Conn, error) {
+	l.slots <- struct{}{}
+	free := sync.OnceFunc(func() { <-l.slots })
+	c, err := l.Listener.Accept()
+	if err != nil {
+		free()
+		return nil, err
+	}
+	return &boundedConn{c, free}, nil
+}
+
+func (c *boundedConn) Close() error {
+	defer c.free()
+	return c.Conn.Close()
+}
+
+// buildInfo returns the version of the binary (a module version, else the VCS revision) and that of Go.
+func buildInfo() (version, goVersion string) {
+	return moduleVersion(), runtime.Version()
+}

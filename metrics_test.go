@@ -1,0 +1,128 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os/exec"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+func testServices(t *testing.T) []*Service {
+	t.Helper()
+	dir := t.TempDir()
+	a := newService(spec{upstream: "https://user:secret@example.org/c.git", branch: "main", mount: dir, service: "prometheus"}, dir, time.Hour)
+	b := newService(spec{upstream: "/u\"\\\n", branch: "x", mount: dir, service: "caddy@1"}, dir, time.Hour)
+	when := time.Unix(1668762892, 500e6)
+	for _, s := range []*Service{a, b} { // as after a pass
+		s.passed, s.rec.State, s.rec.Change, s.rec.OutOfSync = true, "OK", when, when
+		s.publishStatus()
+	}
+	a.rec.Live, a.rec.Tip, a.rec.LastLook = strings.Repeat("12345678", 5), strings.Repeat("12345678", 5), when
+	a.publishStatus()
+	return []*Service{a, b}
+}
+
+func TestMetrics(t *testing.T) {
+	services := testServices(t)
+	startCounters(services)
+	var b bytes.Buffer
+	writeMetrics(&b, services, true, time.Unix(1668762000, 0))
+	text := b.String()
+	if strings.Contains(text, "secret") {
+		t.Error("the password of an upstream is in it")
+	}
+	// What depends on the process that asks.
+	for _, name := range []string{"process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds", "gitopper_machine_git_ops_total", "gitopper_machine_git_errors_total"} {
+		text = regexp.MustCompile(`(?m)^`+name+` [0-9.]+$`).ReplaceAllString(text, name+" N")
+	}
+	text = regexp.MustCompile(`gitopper_build_info{.*}`).ReplaceAllString(text, "gitopper_build_info{...}")
+	text = regexp.MustCompile(`(?m)^.*service="svc.*\n`).ReplaceAllString(text, "") // counted by other tests
+	golden(t, "metrics.txt", text)
+}
+
+func TestMetricsPleasePromtool(t *testing.T) {
+	if _, err := exec.LookPath("promtool"); err != nil {
+		t.Skip("promtool is not here: apt-get install prometheus")
+	}
+	var b bytes.Buffer
+	services := testServices(t)
+	startCounters(services)
+	writeMetrics(&b, services, false, time.Now())
+	cmd := exec.Command("promtool", "check", "metrics")
+	cmd.Stdin = &b
+	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("promtool: %v: %s", err, out)
+	}
+}
+
+func TestHTTP(t *testing.T) {
+	services := testServices(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		serveMetrics(ctx, l, func() []*Service { return services }, func() bool { return true }, time.Now())
+		close(ended)
+	}()
+	get := func(path string) (int, string) {
+		t.Helper()
+		resp, err := http.Get("http://" + l.Addr().String() + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, resp.Header.Get("Content-Type") + "\n" + string(body)
+	}
+	for _, tc := range []struct {
+		path string
+		code int
+		want string
+	}{
+		{"/metrics", 200, "text/plain; version=0.0.4; charset=utf-8\n# HELP gitopper_service_state"},
+		{"/healthz", 200, "ok\n"},
+		{"/", 200, `<a href="/metrics">`},
+		{"/nope", 404, ""},
+	} {
+		if code, body := get(tc.path); code != tc.code || !strings.Contains(body, tc.want) {
+			t.Errorf("%s: %d %s", tc.path, code, body)
+		}
+	}
+	services[0].beat.Store(time.Now().Add(-time.Hour).Unix())
+	if code, body := get("/healthz"); code != 503 || !strings.Contains(body, "stuck: prometheus") {
+		t.Errorf("/healthz with a loop that hangs: %d %s", code, body)
+	}
+	cancel()
+	<-ended
+}
+
+// BenchmarkIdlePass is the floor of an idle round: what a pass costs that finds nothing to do, against lstat of its files.
+func BenchmarkIdlePass(b *testing.B) {
+	for _, n := range []int{1, 100} {
+		dir := b.TempDir()
+		s := snapshot{}
+		for i := range n {
+			s[fmt.Sprintf("f%d", i)] = lstat(dir + fmt.Sprintf("/f%d", i))
+		}
+		b.Run(fmt.Sprintf("snapshot of %d files", n), func(b *testing.B) {
+			for b.Loop() {
+				if !s.holds(dir) {
+					b.Fatal("changed")
+				}
+			}
+		})
+	}
+}
