@@ -241,6 +241,33 @@ func (r *repo) exists() bool {
 	return err == nil
 }
 
+// readSmall reads a file that the checkout's owner may have replaced by anything: a pipe does not block it, and it takes
+// no more than a megabyte.
+func readSmall(root *os.Root, name string) ([]byte, error) {
+	f, err := openRegular(root, name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, 1<<20+1))
+	if err == nil && len(data) > 1<<20 {
+		err = fmt.Errorf("%s: larger than 1 MiB", name)
+	}
+	return data, err
+}
+
+func openRegular(root *os.Root, name string) (*os.File, error) {
+	f, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
+		f.Close()
+		return nil, fmt.Errorf("%s: not a regular file", name)
+	}
+	return f, nil
+}
+
 // indexed says whether there is an index.
 func (r *repo) indexed() bool {
 	_, err := os.Lstat(r.dir + "/.git/index")
@@ -254,7 +281,7 @@ func (r *repo) head() string {
 		return ""
 	}
 	defer root.Close()
-	data, _ := root.ReadFile(".git/HEAD")
+	data, _ := readSmall(root, ".git/HEAD")
 	if h := strings.TrimSpace(string(data)); isHash(h) {
 		return h
 	}
@@ -440,7 +467,7 @@ func (r *repo) adopt(ctx context.Context) error {
 		return err
 	}
 	defer root.Close()
-	old, err := root.ReadFile(".git/info/sparse-checkout")
+	old, err := readSmall(root, ".git/info/sparse-checkout")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -465,7 +492,7 @@ func (r *repo) tidy(ctx context.Context) error {
 		return err
 	}
 	defer root.Close()
-	if old, err := root.ReadFile(".git/info/sparse-checkout"); err == nil && bytes.Equal(old, r.sparse()) {
+	if old, err := readSmall(root, ".git/info/sparse-checkout"); err == nil && bytes.Equal(old, r.sparse()) {
 		return nil
 	}
 	if err := r.writeFile(root, ".git/info/sparse-checkout", r.sparse()); err != nil {
@@ -511,7 +538,7 @@ func (r *repo) clean() error {
 			return nil
 		case strings.HasPrefix(p, ".git/refs/") && !strings.HasSuffix(p, ".lock"):
 			// A ref without content is what a power cut leaves; git refuses to replace it.
-			if data, err := root.ReadFile(p); err == nil && !strings.HasPrefix(string(data), "ref: ") && !isHash(strings.TrimSpace(string(data))) {
+			if data, err := readSmall(root, p); err == nil && !strings.HasPrefix(string(data), "ref: ") && !isHash(strings.TrimSpace(string(data))) {
 				return root.Remove(p)
 			}
 			return nil
@@ -939,7 +966,7 @@ func (r *repo) same(root *os.Root, c change) bool {
 	if !fi.Mode().IsRegular() || (fi.Mode()&0o100 != 0) != (c.mode == "100755") {
 		return false
 	}
-	f, err := root.Open(c.path)
+	f, err := openRegular(root, c.path)
 	if err != nil {
 		return false
 	}

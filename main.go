@@ -263,6 +263,9 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 	for _, k := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} {
 		os.Unsetenv(k) // not for the programs that we run
 	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(48 << 20) // a goal for the garbage collector, whatever strangers send us
+	}
 	a.services.Store(&[]*Service{})
 	a.configOK.Store(true)
 	var c *config
@@ -311,7 +314,7 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 	var wg sync.WaitGroup
 	if metricListener != nil {
 		wg.Go(func() {
-			serveMetrics(ctx, metricListener, func() []*Service { return *a.services.Load() }, func() bool { return a.configOK.Load() && a.keysOK() }, a.started)
+			serveMetrics(ctx, metricListener, func() []*Service { return *a.services.Load() }, a.configRight, a.started)
 		})
 	}
 	defer wg.Wait()
@@ -382,6 +385,16 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 	}
 	wg.Wait()
 	return err
+}
+
+// configRight says whether neither the config nor a key file, on disk or upstream, is newer than what runs because it is wrong.
+func (a *agent) configRight() bool {
+	for _, s := range *a.services.Load() {
+		if s.Status().Refused == "config" {
+			return false
+		}
+	}
+	return a.configOK.Load() && a.keysOK()
 }
 
 // hardKey is the context key of the context that ends later than ours, see finish.

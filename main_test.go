@@ -5,9 +5,13 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -359,6 +363,156 @@ func TestRedact(t *testing.T) {
 	} {
 		if got := redact(in); got != want {
 			t.Errorf("redact(%q) = %q, want %q", in, got, want)
+		}
+	}
+}
+
+// TestREADME holds the README to what the program says: the session is what testdata/demo really prints (in the lab, as
+// root), and the options are those of --help.
+func TestREADME(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := func(after string) string {
+		_, rest, _ := strings.Cut(string(readme), after)
+		_, rest, _ = strings.Cut(rest, "```\n")
+		text, _, ok := strings.Cut(rest, "```\n")
+		if !ok {
+			t.Fatalf("no block after %q", after)
+		}
+		return text
+	}
+	if got, want := block("golden: gitopper --help"), usage; got != want {
+		t.Errorf("options in the README:\n%s\nwant:\n%s", got, want)
+	}
+	if os.Getuid() != 0 {
+		t.Skip("the demo needs root")
+	}
+	out, err := exec.Command("testdata/demo").CombinedOutput()
+	if err != nil {
+		t.Fatalf("testdata/demo: %v\n%s", err, out)
+	}
+	printed := normal(string(out))
+	for line := range strings.Lines(normal(block("session: compared with"))) {
+		_, rest, ok := strings.Cut(printed, line)
+		if !ok {
+			t.Fatalf("the demo does not print this line of the README's session, or not at its place:\n%sit prints:\n%s", line, out)
+		}
+		printed = rest
+	}
+}
+
+// normal replaces what differs between two runs of the demo.
+func normal(s string) string {
+	for _, r := range [][2]string{{`\r`, ""}, {`127\.0\.0\.1:\d+`, "127.0.0.1:PORT"}, {`-p \d+`, "-p PORT"}, {`\b[0-9a-f]{8}\b`, "HASH"}, {`\w{3}, \d\d \w{3} \d{4} [\d:]{8} UTC`, "TIME"}, {` +`, " "}} {
+		s = regexp.MustCompile(r[0]).ReplaceAllString(s, r[1])
+	}
+	return s
+}
+
+// TestBootstrap runs the daemon with its config in the repository.
+func TestBootstrap(t *testing.T) {
+	w := newWorld(t)
+	t.Setenv("STATE_DIRECTORY", w.dir+"/state")
+	config := func(extra string) string {
+		return "[global]\nkeys = [{path = \"k.pub\"}]\n[[services]]\nmachine = \"m\"\nservice = \"svc\"\naction = \"reload\"\nsettle = \"0s\"\nupstream = \"file://" + w.up + "\"\nmount = \"" + w.dir + "/mount\"\n" +
+			"dirs = [{local = \"" + w.dir + "/local/etc\", link = \"etc\"}]\n" + extra
+	}
+	args := []string{"-U", "file://" + w.up, "-D", "gitopper", "-M", w.dir + "/own", "-c", "config.toml", "-h", "m"}
+	once := func(want string, status int) {
+		t.Helper()
+		stdout, stderr, got := gitopper(t, append(args, "--once")...)
+		if got != status || !containsLines(stdout+stderr, want) {
+			t.Errorf("status %d, want %d\n%s%swant in it:\n%s", got, status, stdout, stderr, want)
+		}
+	}
+	once(`link "gitopper" is missing`, 1)
+	w.commit("gitopper/config.toml", config("x = 1\n"), "gitopper/k.pub", testKey)
+	once(`services[0] "svc": x: unknown option`, 1)
+	first := w.commit("gitopper/config.toml", config(""))
+	once("gitopper "+first[:8]+" OK\nsvc "+first[:8]+" OK", 0)
+	if got := w.read("local/etc/app.conf"); got != "one\n" {
+		t.Errorf("app.conf: %q", got)
+	}
+	// Upstream away: it starts with what is there.
+	os.Rename(w.up, w.up+".away")
+	once("svc "+first[:8]+" DIFF git ls-remote", 1)
+	os.Rename(w.up+".away", w.up)
+	// A wrong config in the checkout: upstream is looked at first.
+	own := w.dir + "/own/gitopper/gitopper/config.toml"
+	if err := os.WriteFile(own, []byte("["), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	once("gitopper "+first[:8]+" OK\nsvc "+first[:8]+" OK", 0)
+
+	// As a daemon: a wrong config is refused, a right one ends it with status 2.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := l.Addr().String()
+	l.Close()
+	cmd := exec.Command("/proc/self/exe", append(args, "-r", "-t", "100ms", "-s", "", "-m", addr)...)
+	cmd.Env = append(os.Environ(), "AS_GITOPPER=1")
+	var log tail
+	cmd.Stderr = &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	metrics := func(want string) {
+		t.Helper()
+		body := ""
+		for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+			resp, err := http.Get("http://" + addr + "/metrics")
+			if err != nil {
+				continue
+			}
+			data, _ := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if body = string(data); containsLines(body, want) {
+				return
+			}
+		}
+		t.Fatalf("metrics lack %q:\n%s\nlog: %s", want, body, log.last())
+	}
+	metrics(`gitopper_config_ok 1` + "\n" + `gitopper_service_in_sync{service="gitopper"} 1`)
+	w.commit("gitopper/config.toml", config("branch = \"..\"\n"))
+	metrics(`gitopper_config_ok 0` + "\n" + `gitopper_service_state{service="gitopper"} 4` + "\n" + `gitopper_service_refused_total{service="gitopper",reason="config"} 1`)
+	w.commit("gitopper/config.toml", config("fallback = false\n"))
+	if err := cmd.Wait(); cmd.ProcessState.ExitCode() != 2 {
+		t.Errorf("ended with %v: %s", err, log.last())
+	}
+}
+
+func TestSignals(t *testing.T) {
+	w := newWorld(t)
+	t.Setenv("STATE_DIRECTORY", w.dir+"/state")
+	w.write("k.pub", testKey)
+	w.write("c.toml", "[global]\nupstream = \"file://"+w.up+"\"\nmount = \""+w.dir+"/mount\"\nkeys = [{path = \"k.pub\"}]\n[[services]]\nmachine = \"m\"\nservice = \"svc\"\ndirs = [{link = \"etc\"}]\n")
+	for sig, status := range map[os.Signal]int{syscall.SIGTERM: 0, syscall.SIGINT: 0, syscall.SIGHUP: 2} {
+		l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: w.dir + "/notify-" + sig.String(), Net: "unixgram"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		cmd := exec.Command("/proc/self/exe", "-c", w.dir+"/c.toml", "-h", "m", "-s", "", "-m", "")
+		cmd.Env = append(os.Environ(), "AS_GITOPPER=1", "NOTIFY_SOCKET="+w.dir+"/notify-"+sig.String())
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 1000)
+		n, err := l.Read(buf)
+		if err != nil || !strings.HasPrefix(string(buf[:n]), "READY=1\nSTATUS=") {
+			t.Errorf("%v: first told systemd %q, %v", sig, buf[:n], err)
+		}
+		if _, stderr, got := gitopper(t, "--once", "-c", w.dir+"/c.toml", "-h", "m"); got != 1 || !strings.Contains(stderr, fmt.Sprintf("another gitopper, pid %d", cmd.Process.Pid)) {
+			t.Errorf("a second one: %d, %s", got, stderr)
+		}
+		cmd.Process.Signal(sig)
+		if err := cmd.Wait(); cmd.ProcessState.ExitCode() != status {
+			t.Errorf("%v: %v, want status %d", sig, err, status)
 		}
 	}
 }

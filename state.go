@@ -41,6 +41,7 @@ type Status struct {
 	InSync                       bool // what runs is upstream's
 	OutOfSync                    time.Time
 	LastLook                     time.Time // last successful look at upstream
+	Refused                      string    // why upstream's newest commit does not run, as refusal.Reason
 	state                        state
 }
 
@@ -158,6 +159,7 @@ type Service struct {
 	edits    string    // edits that were reported and not undone
 	cand     candidate // what was laid out and judged, to be published
 	toldAt   time.Time
+	fetched  bool // since git last had a chance to pack what fetches leave
 	step     func(string)
 
 	requests chan request
@@ -328,7 +330,11 @@ func (s *Service) publishStatus() {
 	if s.passed || s.rolling {
 		r.State, r.Info = st.String(), info
 	}
-	s.status.Store(&Status{Service: s.service, Commit: r.Live, State: st.String(), Info: info, Change: r.Change, Upstream: r.Upstream, Branch: r.Branch,
+	refused := ""
+	if f := (*refusal)(nil); errors.As(s.err, &f) {
+		refused = f.Reason
+	}
+	s.status.Store(&Status{Refused: refused, Service: s.service, Commit: r.Live, State: st.String(), Info: info, Change: r.Change, Upstream: r.Upstream, Branch: r.Branch,
 		InSync: inSync, OutOfSync: r.OutOfSync, LastLook: r.LastLook, state: st})
 }
 
@@ -445,6 +451,12 @@ func (s *Service) retry(interrupted bool, backoff time.Duration) (wait, next tim
 func (s *Service) pass(ctx context.Context) {
 	err := s.reconcile(ctx)
 	s.conclude(ctx, err)
+	if s.fetched && s.err == nil && ctx.Err() == nil {
+		s.fetched = false
+		if err := s.repo.collect(ctx); err != nil {
+			slog.Warn(fmt.Sprintf("%s: %s", s.service, oneLine(err.Error())))
+		}
+	}
 }
 
 func (s *Service) conclude(ctx context.Context, err error) {
@@ -713,7 +725,7 @@ func (s *Service) judgeTip(ctx context.Context) (string, error) {
 		if tip, err = s.repo.fetch(ctx); err != nil {
 			return "", err
 		}
-		r.Tip = tip
+		r.Tip, s.fetched = tip, true
 	}
 	return tip, s.judgeCommit(ctx, tip, r.Newest, true)
 }
@@ -839,9 +851,9 @@ func (s *Service) readCandidate(name string) ([]byte, error) {
 			return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist}
 		}
 	}
-	data, err := root.ReadFile(stageDir + "/" + rel)
+	data, err := readSmall(root, stageDir+"/"+rel)
 	if errors.Is(err, fs.ErrNotExist) {
-		data, err = root.ReadFile(rel)
+		data, err = readSmall(root, rel)
 	}
 	return data, err
 }

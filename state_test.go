@@ -430,7 +430,7 @@ func TestLocalEdits(t *testing.T) {
 		t.Errorf("d: %q", got)
 	}
 	w.write("local/etc/d/untracked", "u\n")
-	h = w.commit("etc/d", "", "etc/d2", "x\n")
+	w.commit("etc/d", "", "etc/d2", "x\n")
 	w.reconcile()
 	h = w.commit("etc/d", "a file now\n")
 	w.reconcile()
@@ -753,7 +753,7 @@ func TestUnitTrouble(t *testing.T) {
 		t.Errorf("pull: %v", err)
 	}
 	w.want("BROKEN", "taken back", "one\n", "reload, reload")
-	good = w.commit("etc/app.conf", "fixed\n")
+	w.commit("etc/app.conf", "fixed\n")
 	w.reconcile()
 	w.want("OK", "", "fixed\n", "reload")
 
