@@ -311,6 +311,10 @@ func (r *repo) prepareDir() error {
 		return err
 	}
 	defer root.Close()
+	// The URL in .git/config may hold a password.
+	if err := root.Chmod(".git", 0o700); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	if fi, err := root.Lstat("."); err != nil || owner(fi) == r.acct.uid {
 		return err
 	}
@@ -382,7 +386,7 @@ func (r *repo) clone(ctx context.Context, keep string) error {
 			return err
 		}
 	}
-	if err := root.Rename(cloneDir+"/.git", ".git"); err != nil {
+	if err := errors.Join(root.Chmod(cloneDir+"/.git", 0o700), root.Rename(cloneDir+"/.git", ".git")); err != nil {
 		return err
 	}
 	return root.RemoveAll(cloneDir)
@@ -743,7 +747,7 @@ func (r *repo) stage(ctx context.Context, changes []change) error {
 		pr.CloseWithError(err)
 		written <- err
 	}()
-	_, err = runGit(ctx, "cat-file", cmd, fetchLimit)
+	_, err = runGit(ctx, "cat-file", cmd, localLimit)
 	pw.Close()
 	if werr := <-written; werr != nil && ctx.Err() == nil {
 		return fmt.Errorf("lay out commit's files: %w", errors.Join(werr, err))

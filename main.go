@@ -446,6 +446,22 @@ func (a *agent) bootstrap(ctx context.Context, own *Service) (*config, error) {
 	if errs := own.spec.validate(a.stateDir); len(errs) > 0 {
 		return nil, fmt.Errorf("bootstrap: %w", errors.Join(errs...))
 	}
+	defer a.configOK.Store(true)
+	feed := time.NewTicker(5 * time.Second) // all that is done here has time limits of its own
+	defer feed.Stop()
+	fed, full := context.WithCancel(ctx)
+	defer full()
+	go func() {
+		for {
+			select {
+			case <-fed.Done():
+				return
+			case <-feed.C:
+				own.beat.Store(time.Now().Unix())
+				notify(a.notify, "WATCHDOG=1")
+			}
+		}
+	}()
 	var wait time.Duration
 	for first := true; ; first = false {
 		if !first || !own.repo.exists() || a.pull {
@@ -475,18 +491,10 @@ func (a *agent) bootstrap(ctx context.Context, own *Service) (*config, error) {
 			notify(a.notify, "READY=1\nSTATUS=waiting for a right config")
 		}
 		wait = min(max(2*wait, 5*time.Second), a.interval)
-		own.beat.Store(time.Now().Unix())
-		for end := time.After(wait); end != nil && ctx.Err() == nil; {
-			select {
-			case <-ctx.Done():
-			case <-end:
-				end = nil
-			case <-time.After(5 * time.Second):
-				own.beat.Store(time.Now().Unix())
-				notify(a.notify, "WATCHDOG=1")
-			}
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
 		}
-		a.configOK.Store(true)
 	}
 }
 
@@ -1148,7 +1156,7 @@ func (t *tail) last() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	lines := strings.Split(strings.TrimSpace(strings.ToValidUTF8(string(t.buf), "?")), "\n")
-	s := oneLine(strings.Join(lines[max(0, len(lines)-6):], "\n"))
+	s := redact(oneLine(strings.Join(lines[max(0, len(lines)-6):], "\n")))
 	return s[max(0, len(s)-800):]
 }
 

@@ -1322,13 +1322,10 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 // lookNow looks at upstream for this service alone, and returns what is wrong with it.
 func (s *Service) lookNow(ctx context.Context) error {
 	s.step("look")
-	if err := lookAt(ctx, []*Service{s}); err != nil {
-		return err
-	}
-	return s.looked.Load().err
+	return lookAt(ctx, []*Service{s})
 }
 
-// lookAt looks once at the upstream that the services share, and hands each what it found. It returns git's error.
+// lookAt looks once at the upstream that the services share, and hands each what it found. It returns what went wrong.
 func lookAt(ctx context.Context, services []*Service) error {
 	first, at := services[0], time.Now()
 	acct, err := lookupAccount(ctx, first.user)
@@ -1344,6 +1341,7 @@ func lookAt(ctx context.Context, services []*Service) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
+	var missing error
 	for _, s := range services {
 		l, old := &look{tip: tips[s.branch], err: err, at: at}, s.looked.Load()
 		if err == nil && l.tip == "" {
@@ -1354,13 +1352,14 @@ func lookAt(ctx context.Context, services []*Service) error {
 		}
 		if l.err != nil {
 			l.misses++
+			missing = l.err
 		}
 		if old == nil || old.at.Before(at) {
 			s.looked.Store(l)
 			s.nudge()
 		}
 	}
-	return err
+	return missing
 }
 
 // watchUpstream looks at the upstream that the services share, for ever: every interval and up to half of it more, and

@@ -339,6 +339,8 @@ ExecStart=` + exe + ` -r -c /etc/gitopper/config.toml
 StateDirectory=gitopper
 StateDirectoryMode=0700
 UMask=0022
+# A first checkout of our own config may take its time; all that is done has limits of its own.
+TimeoutStartSec=infinity
 WatchdogSec=2min
 Restart=always
 RestartSec=2s
