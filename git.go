@@ -16,7 +16,6 @@ import (
 	"os/exec"
 	"os/user"
 	"path"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -97,6 +96,7 @@ func gitCommand(a account, dir string, network bool, args ...string) *exec.Cmd {
 		"-c", "core.attributesFile=/dev/null", "-c", "core.autocrlf=false", "-c", "core.fileMode=true", "-c", "core.symlinks=true",
 		"-c", "core.sparseCheckout=true", "-c", "core.sparseCheckoutCone=false", "-c", "index.sparse=false",
 		"-c", "submodule.recurse=false", "-c", "fetch.recurseSubmodules=no", "-c", "protocol.ext.allow=never", "-c", "transfer.bundleURI=false",
+		"-c", "core.protectNTFS=false", "-c", "core.protectHFS=false", "-c", "credential.helper=", "-c", "remote.origin.uploadpack=git-upload-pack",
 		"-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=20",
 	}, args...)...)
 	cmd.Dir = "/"
@@ -227,12 +227,12 @@ func (r *repo) local(ctx context.Context, args ...string) ([]byte, error) {
 
 // open opens the checkout such that nothing done through it can leave it, whatever links its owner plants there.
 func (r *repo) open() (*os.Root, error) {
-	mount, err := os.OpenRoot(filepath.Dir(r.dir))
+	fd, err := openTarget(r.dir, false, false, 0, 0)
 	if err != nil {
 		return nil, err
 	}
-	defer mount.Close()
-	return mount.OpenRoot(filepath.Base(r.dir))
+	defer syscall.Close(fd)
+	return os.OpenRoot(fdPath(fd))
 }
 
 // exists says whether there is a .git to work with, at first glance.
@@ -294,36 +294,60 @@ func (r *repo) resolve(ctx context.Context, rev string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return strings.TrimSpace(string(out)), nil
+	id := strings.TrimSpace(string(out))
+	if !isHash(id) {
+		return "", fmt.Errorf("git rev-parse says %.50q", id)
+	}
+	return id, nil
 }
 
-// prepareDir makes the checkout's directory, or gives an existing one with all in it to the configured user. The top
-// directory changes hands last, so that an interrupted change is seen as not done.
-func (r *repo) prepareDir() error {
-	if err := os.MkdirAll(filepath.Dir(r.dir), 0o755); err != nil {
-		return err
+// prepareDir makes the checkout's directory, or gives an existing one with all in it to the configured user. Of a clone
+// that changes hands the configuration is thrown away, for it can name programs, which git would now run as the new
+// owner. The top directory changes hands last, so that an interrupted change is seen as not done.
+func (r *repo) prepareDir() (moved bool, err error) {
+	fd, err := openTarget(r.dir, false, true, r.acct.uid, r.acct.gid)
+	if err != nil {
+		return false, err
 	}
-	if err := os.Mkdir(r.dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
+	syscall.Close(fd)
+	root, err := r.open()
+	if err != nil {
+		return false, err
 	}
+	defer root.Close()
+	// The URL in .git/config may hold a password.
+	if err := root.Chmod(".git", 0o700); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	if fi, err := root.Lstat("."); err != nil || owner(fi) == r.acct.uid {
+		return false, err
+	}
+	if r.exists() {
+		if err := root.Lchown(".git", r.acct.uid, r.acct.gid); err != nil { // the old owner is locked out from here on
+			return true, err
+		}
+		for _, name := range []string{"config", "config.worktree", "hooks", "info"} {
+			if err := root.RemoveAll(".git/" + name); err != nil {
+				return true, err
+			}
+		}
+	}
+	return true, r.chown(".")
+}
+
+// chown gives what lies below name, and then name itself, to the account. A file with further hard links is left alone:
+// it may be somebody else's.
+func (r *repo) chown(name string) error {
 	root, err := r.open()
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	// The URL in .git/config may hold a password.
-	if err := root.Chmod(".git", 0o700); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if fi, err := root.Lstat("."); err != nil || owner(fi) == r.acct.uid {
-		return err
-	}
-	return r.chown(root)
-}
-
-func (r *repo) chown(root *os.Root) error {
-	err := fs.WalkDir(root.FS(), ".", func(p string, _ fs.DirEntry, err error) error {
-		if err != nil || p == "." {
+	err = fs.WalkDir(root.FS(), name, func(p string, d fs.DirEntry, err error) error {
+		if err != nil || p == name {
+			return err
+		}
+		if fi, err := root.Lstat(p); err != nil || !fi.IsDir() && fi.Sys().(*syscall.Stat_t).Nlink > 1 {
 			return err
 		}
 		return root.Lchown(p, r.acct.uid, r.acct.gid)
@@ -331,7 +355,7 @@ func (r *repo) chown(root *os.Root) error {
 	if err != nil {
 		return fmt.Errorf("change owner of %s: %w", r.dir, err)
 	}
-	return root.Lchown(".", r.acct.uid, r.acct.gid)
+	return root.Lchown(name, r.acct.uid, r.acct.gid)
 }
 
 func owner(fi fs.FileInfo) int { return int(fi.Sys().(*syscall.Stat_t).Uid) }
@@ -339,7 +363,7 @@ func owner(fi fs.FileInfo) int { return int(fi.Sys().(*syscall.Stat_t).Uid) }
 // clone makes .git anew beside the old one, which is moved aside only when the new one is complete. No file of the work
 // tree is touched, so that mounts go on showing what they show.
 func (r *repo) clone(ctx context.Context, keep string) error {
-	if err := r.prepareDir(); err != nil {
+	if _, err := r.prepareDir(); err != nil {
 		return err
 	}
 	root, err := r.open()
@@ -351,7 +375,7 @@ func (r *repo) clone(ctx context.Context, keep string) error {
 		return err
 	}
 	tmp := r.dir + "/" + cloneDir
-	cmd := gitCommand(r.acct, "", true, "clone", "-q", "--branch", r.branch, "--filter=blob:none", "--no-checkout", "--single-branch", "--no-tags",
+	cmd := gitCommand(r.acct, "", true, "clone", "-q", "--no-local", "--branch", r.branch, "--filter=blob:none", "--no-checkout", "--single-branch", "--no-tags",
 		"--template=", "--origin", "origin", "--", r.upstream, tmp)
 	if _, err := runGit(ctx, "clone", cmd, cloneLimit); err != nil {
 		root.RemoveAll(cloneDir)
@@ -702,9 +726,27 @@ func (r *repo) diff(ctx context.Context, commit string) ([]change, error) {
 		if len(m) != 5 {
 			return nil, fmt.Errorf("git diff-index: unexpected %q", f[i])
 		}
+		if !validPath(f[i+1]) {
+			err := fmt.Errorf("commit %.8s: %q is not a path that may be checked out", commit, f[i+1])
+			if m[4] == "A" { // of our index, not of the commit
+				return nil, errors.Join(errIndex, err)
+			}
+			return nil, &refusal{Reason: "link", err: err}
+		}
 		changes = append(changes, change{path: f[i+1], mode: m[0], oid: m[2], status: m[4][0]})
 	}
 	return changes, nil
+}
+
+// validPath says whether a path out of a tree or an index stays where it seems to be. Git itself looks at this only when
+// it writes an index, which is after the files.
+func validPath(p string) bool {
+	for c := range strings.SplitSeq(p, "/") {
+		if c == "" || c == "." || c == ".." || strings.EqualFold(c, ".git") {
+			return false
+		}
+	}
+	return true
 }
 
 // stage lays the new files of changes out below stageDir, complete, synced, with mode and owner.
@@ -776,6 +818,9 @@ func (r *repo) unpack(root *os.Root, in *bufio.Reader, put []change) error {
 		}
 		switch c.mode {
 		case "120000":
+			if size > 4095 { // PATH_MAX
+				return fmt.Errorf("%s: a symbolic link of %d bytes", c.path, size)
+			}
 			target, rerr := io.ReadAll(content)
 			err = errors.Join(rerr, root.Symlink(string(target), name), root.Lchown(name, r.acct.uid, r.acct.gid))
 		case "100755":

@@ -1114,11 +1114,19 @@ func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
 	return err
 }
 
-var userinfo = regexp.MustCompile(`(://)[^/@\s]*:[^/@\s]*@|(https?://)[^/@\s]+@`)
+var secrets = []*regexp.Regexp{ // what comes after the group is kept from others
+	regexp.MustCompile(`(https?://)[^/\s]*@`),
+	regexp.MustCompile(`(\w+://)[^/\s]*:[^/\s]*@`),
+	regexp.MustCompile(`()[^\s/:@'"]+:[^\s/@]+@`), // as git quotes the host of a git:// URL
+	regexp.MustCompile(`([?&][\w-]*(?:token|key|secret|password)[\w-]*=)[^&\s'"]+`),
+}
 
 // redact takes passwords and tokens out of the URLs in a text.
 func redact(s string) string {
-	return userinfo.ReplaceAllString(s, "${1}${2}***@")
+	for _, r := range secrets {
+		s = r.ReplaceAllString(s, "${1}***")
+	}
+	return s
 }
 
 // oneLine makes a program's words one line of an info or a log, without what could steer a terminal.
@@ -1174,7 +1182,7 @@ func executeThen(ctx context.Context, name string, cmd *exec.Cmd, limit time.Dur
 		started()
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	var stdout bytes.Buffer
+	var stdout bounded
 	words := &tail{}
 	if cmd.Stdout == nil {
 		cmd.Stdout = &stdout
@@ -1191,7 +1199,7 @@ func executeThen(ctx context.Context, name string, cmd *exec.Cmd, limit time.Dur
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
-	cmd.SysProcAttr.Setpgid = true
+	cmd.SysProcAttr.Setsid = true // and so no terminal, into which a user's program could type
 	// A daemon that the program leaves behind may hold the pipes open: it is not waited for.
 	cmd.WaitDelay = 3 * time.Second
 	start := time.Now()
@@ -1211,6 +1219,9 @@ func executeThen(ctx context.Context, name string, cmd *exec.Cmd, limit time.Dur
 				late.Store(true)
 			}
 			_ = syscall.Kill(group, end)
+			if end == syscall.SIGKILL {
+				_ = cmd.Process.Kill() // it may have left its group
+			}
 		}()
 		err = cmd.Wait()
 		close(done)
@@ -1241,4 +1252,14 @@ func executeThen(ctx context.Context, name string, cmd *exec.Cmd, limit time.Dur
 	}
 	slog.Debug(fmt.Sprintf("run %q", args), "dir", cmd.Dir, "uid", user, "took", time.Since(start).Round(time.Millisecond), "error", err)
 	return stdout.Bytes(), err
+}
+
+// bounded keeps what is written to it, as long as that is not absurdly much.
+type bounded struct{ bytes.Buffer }
+
+func (b *bounded) Write(p []byte) (int, error) {
+	if b.Len()+len(p) > 64<<20 {
+		return 0, errors.New("more than 64 MiB of output")
+	}
+	return b.Buffer.Write(p)
 }

@@ -129,7 +129,7 @@ dirs = [{local = "/etc/prometheus", link = "prom/etc/"}, {link = "a/../b", file 
 		{"upstream is a helper", entry("upstream = \"ext::sh -c x\""), "must not name a transport helper"},
 		{"upstream of another kind", entry("upstream = \"ftp://x/y\""), "must be an https, http, ssh, git or file URL"},
 		{"upstream is relative", entry("upstream = \"x/y\""), "a path must be absolute"},
-		{"upstream with a password", entry("upstream = \"gopher://u:secret@h/y\""), `upstream "gopher://***@h/y"`},
+		{"upstream with a password", entry("upstream = \"gopher://u:secret@h/y\""), `upstream "gopher://***h/y"`},
 		{"scp-like upstream", entry("upstream = \"git@example.org:x/y\""), ""},
 		{"branch", entry("branch = \"a..b\""), `branch "a..b": must be a valid branch name`},
 		{"branch is an option", entry("branch = \"-x\""), `branch "-x"`},
@@ -355,12 +355,15 @@ func TestExecute(t *testing.T) {
 
 func TestRedact(t *testing.T) {
 	for in, want := range map[string]string{
-		"https://user:pass@h/x":        "https://***@h/x",
-		"https://token@h/x":            "https://***@h/x",
-		"ssh://git@h/x":                "ssh://git@h/x",
-		"fatal: ssh://git:pw@h/x: no":  "fatal: ssh://***@h/x: no",
-		"a https://x/y and b@c":        "a https://x/y and b@c",
-		"http://u:p@h/ http://u2:p@i/": "http://***@h/ http://***@i/",
+		"https://user:pass@h/x":                  "https://***h/x",
+		"https://user:p@ss@h/x":                  "https://***h/x",
+		"https://token@h/x":                      "https://***h/x",
+		"ssh://git@h/x git@h:x":                  "ssh://git@h/x git@h:x",
+		"fatal: ssh://git:pw@h/x: no":            "fatal: ssh://***h/x: no",
+		"unable to look up user:s3cret@h (port)": "unable to look up ***h (port)",
+		"a https://x/y and b@c":                  "a https://x/y and b@c",
+		"http://u:p@h/ http://u2:p@i/":           "http://***h/ http://***i/",
+		"https://h/x?private_token=s3cret&a=b":   "https://h/x?private_token=***&a=b",
 	} {
 		if got := redact(in); got != want {
 			t.Errorf("redact(%q) = %q, want %q", in, got, want)

@@ -191,38 +191,48 @@ func serveMetrics(ctx context.Context, l net.Listener, services func() []*Servic
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		fmt.Fprint(w, `<!doctype html><title>gitopper</title><h1>gitopper</h1><ul><li><a href="/metrics">/metrics</a><li><a href="/healthz">/healthz</a></ul>`+"\n")
 	})
-	server := &http.Server{Handler: mux, ReadTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: 60 * time.Second, MaxHeaderBytes: 8 << 10,
+	server := &http.Server{Handler: mux, ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
 		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug)}
+	server.SetKeepAlivesEnabled(false)
 	context.AfterFunc(ctx, func() { server.Close() })
-	if err := server.Serve(&boundedListener{l, make(chan struct{}, 64)}); !errors.Is(err, http.ErrServerClosed) {
+	if err := server.Serve(&boundedListener{Listener: l}); !errors.Is(err, http.ErrServerClosed) {
 		slog.Error(fmt.Sprintf("metrics: %v", err))
 	}
 }
 
-// boundedListener accepts no more connections at a time than slots holds, so that they can't take git's descriptors.
+// boundedListener keeps no more than 64 connections, so that they can't take git's descriptors; a further one takes the
+// place of the oldest, so that they can't keep others out.
 type boundedListener struct {
 	net.Listener
-	slots chan struct{}
+	mu    sync.Mutex
+	conns []*boundedConn // guarded by mu; the oldest first
 }
 
 type boundedConn struct {
 	net.Conn
-	free func()
+	l *boundedListener
 }
 
 func (l *boundedListener) Accept() (net.Conn, error) {
-	l.slots <- struct{}{}
-	free := sync.OnceFunc(func() { <-l.slots })
 	c, err := l.Listener.Accept()
 	if err != nil {
-		free()
 		return nil, err
 	}
-	return &boundedConn{c, free}, nil
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.conns) >= 64 {
+		_ = l.conns[0].Conn.Close()
+		l.conns = l.conns[1:]
+	}
+	b := &boundedConn{c, l}
+	l.conns = append(l.conns, b)
+	return b, nil
 }
 
 func (c *boundedConn) Close() error {
-	defer c.free()
+	c.l.mu.Lock()
+	c.l.conns = slices.DeleteFunc(c.l.conns, func(o *boundedConn) bool { return o == c })
+	c.l.mu.Unlock()
 	return c.Conn.Close()
 }
 

@@ -33,11 +33,10 @@ const (
 
 // openBelow opens name below the directory fd dir as a place (O_PATH), following no symbolic link on the way.
 func openBelow(dir int, name string) (int, error) {
-	fd, err := syscall.Dup(dir)
+	fd, err := syscall.Openat(dir, ".", oPath|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
 	}
-	syscall.CloseOnExec(fd)
 	for _, c := range strings.Split(name, "/") {
 		next, err := syscall.Openat(fd, c, oPath|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0)
 		syscall.Close(fd)
@@ -76,10 +75,12 @@ func openTarget(local string, file, make bool, uid, gid int) (_ int, err error) 
 		}
 	}()
 	at, trusted, links := "/", true, 0
-	rest := strings.Split(strings.Trim(path.Clean(local), "/"), "/")
+	rest := strings.Split(path.Clean(local), "/")
 	for len(rest) > 0 {
 		c := rest[0]
-		rest = rest[1:]
+		if rest = rest[1:]; c == "" || c == "." {
+			continue
+		}
 		var st syscall.Stat_t
 		if err := syscall.Fstat(fd, &st); err != nil {
 			return -1, err
@@ -112,16 +113,14 @@ func openTarget(local string, file, make bool, uid, gid int) (_ int, err error) 
 			if err != nil {
 				return -1, err
 			}
-			// Resolved in words: everything above is root's alone, so it can't change under our feet.
-			full := to
-			if !path.IsAbs(to) {
-				full = path.Join(at, to)
-			}
-			rest = append(strings.Split(strings.Trim(path.Clean(full), "/"), "/"), rest...)
-			at = "/"
-			syscall.Close(fd)
-			if fd, err = syscall.Open("/", oPath|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0); err != nil {
-				return -1, err
+			// Everything above is root's alone, so it can't change under our feet.
+			rest = append(strings.Split(to, "/"), rest...)
+			if path.IsAbs(to) {
+				syscall.Close(fd)
+				if fd, err = syscall.Open("/", oPath|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0); err != nil {
+					return -1, err
+				}
+				at = "/"
 			}
 			continue
 		}
@@ -244,15 +243,25 @@ func unbind(local string) error {
 // unmake removes what was made to mount on, where it is still empty; it returns what had to stay.
 func unmake(made []string) (stay []string) {
 	for i := len(made) - 1; i >= 0; i-- {
-		fi, err := os.Lstat(made[i])
+		dir, err := openTarget(filepath.Dir(made[i]), false, false, 0, 0)
+		if err != nil {
+			continue // its directory is gone, or no longer root's to walk
+		}
+		at := fdPath(dir) + "/" + filepath.Base(made[i])
+		fi, err := os.Lstat(at)
 		switch {
-		case errors.Is(err, fs.ErrNotExist):
-		case err == nil && fi.Mode().IsRegular() && fi.Size() == 0 && os.Remove(made[i]) == nil:
-		case err == nil && fi.IsDir() && syscall.Rmdir(made[i]) == nil:
-		case err == nil && fi.IsDir(), err == nil && fi.Mode().IsRegular(): // in use by others by now: theirs
-		default:
+		case err != nil:
+		case fi.Mode().IsRegular() && fi.Size() == 0:
+			err = os.Remove(at)
+		case fi.IsDir():
+			if err = syscall.Rmdir(at); err == syscall.ENOTEMPTY {
+				err = nil // in use by others by now: theirs
+			}
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			stay = append(stay, made[i])
 		}
+		syscall.Close(dir)
 	}
 	return stay
 }
@@ -353,11 +362,11 @@ const checkLimit = time.Minute
 
 // view is what a check child is told through descriptor 3: what to show where, and what to run then.
 type view struct {
-	Dir             string // an empty directory of ours, on which the child mounts a tmpfs for its own use
-	Shows           []shown
-	Argv            []string
-	Absent          []string // removed paths, relative to Checkout
-	Stage, Checkout string
+	Dir      string // an empty directory of ours, on which the child mounts a tmpfs for its own use
+	Checkout string
+	Shows    []shown
+	Absent   [][]byte // removed paths, relative to Checkout; bytes, for JSON spoils names that are not UTF-8
+	Argv     []string
 }
 
 type shown struct {
@@ -456,22 +465,41 @@ func runCheckChild() error {
 
 // show1 makes one local show the candidate. A directory is an overlay without an upper layer, so read-only: whiteouts
 // (overlayfs.txt: a character device 0/0) over the staged files over the live ones, which costs what the commit changes.
+// Sources and target are opened anew here, without following links of the owner's, and used by descriptor.
 func show1(v *view, s shown, n string) error {
-	staged, live := filepath.Join(v.Stage, s.Link), filepath.Join(v.Checkout, s.Link)
-	if s.File {
-		src := staged
-		if !lexists(src) {
-			src = live
-		}
-		if err := syscall.Mount(src, s.Local, "", syscall.MS_BIND, ""); err != nil {
+	t, err := openTarget(s.Local, s.File, false, 0, 0)
+	if err != nil {
+		return err
+	}
+	top, err := openTarget(v.Checkout, false, false, 0, 0)
+	if err != nil {
+		return err
+	}
+	var layer []int // what is staged, then what is live
+	for _, p := range []string{stageDir + "/" + s.Link, s.Link} {
+		if fd, err := openBelow(top, p); err == nil {
+			layer = append(layer, fd)
+		} else if !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		return syscall.Mount("", s.Local, "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, "")
+	}
+	if len(layer) == 0 {
+		return fs.ErrNotExist
+	}
+	if s.File {
+		if err := syscall.Mount(fdPath(layer[0]), fdPath(t), "", syscall.MS_BIND, ""); err != nil {
+			return err
+		}
+		if t, err = openTarget(s.Local, true, false, 0, 0); err != nil {
+			return err
+		}
+		return syscall.Mount("", fdPath(t), "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, "")
 	}
 	white := "w" + n
 	if err := os.Mkdir(white, 0o755); err != nil {
 		return err
 	}
+	staged, live := filepath.Join(v.Checkout, stageDir, s.Link), filepath.Join(v.Checkout, s.Link)
 	for _, rel := range vanished(v.Absent, s.Link, staged, live) {
 		if err := os.MkdirAll(filepath.Join(white, filepath.Dir(rel)), 0o755); err != nil {
 			return err
@@ -481,35 +509,32 @@ func show1(v *view, s shown, n string) error {
 		}
 	}
 	layers := white
-	for i, src := range []string{staged, live} {
-		if !lexists(src) {
-			continue
-		}
+	for i, fd := range layer {
 		l := fmt.Sprintf("l%s.%d", n, i)
 		if err := os.Mkdir(l, 0o755); err != nil {
 			return err
 		}
-		if err := syscall.Mount(src, l, "", syscall.MS_BIND, ""); err != nil {
+		if err := syscall.Mount(fdPath(fd), l, "", syscall.MS_BIND, ""); err != nil {
 			return err
 		}
 		layers += ":" + l
 	}
 	// A merged directory has the attributes of its topmost layer.
-	if st, err := os.Stat(live); err == nil {
+	if st, err := os.Stat(fdPath(layer[len(layer)-1])); err == nil {
 		if err := errors.Join(os.Chown(white, owner(st), int(st.Sys().(*syscall.Stat_t).Gid)), os.Chmod(white, st.Mode().Perm())); err != nil {
 			return err
 		}
 	}
-	return syscall.Mount("overlay", s.Local, "overlay", syscall.MS_RDONLY, "lowerdir="+layers)
+	return syscall.Mount("overlay", fdPath(t), "overlay", syscall.MS_RDONLY, "lowerdir="+layers)
 }
 
 // vanished returns what the candidate does not have any more below a link: removed files, and in place of them the topmost
 // directory that they leave empty. What a staged file takes the name of is hidden by that already.
-func vanished(absent []string, link, staged, live string) (top []string) {
+func vanished(absent [][]byte, link, staged, live string) (top []string) {
 	gone := map[string]bool{}
 	for _, p := range absent {
-		rel, ok := strings.CutPrefix(p, link+"/")
-		if !ok || hidden(staged, rel) {
+		rel, ok := strings.CutPrefix(string(p), link+"/")
+		if !ok || !validPath(rel) || hidden(staged, rel) {
 			continue
 		}
 		gone[rel] = true

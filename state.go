@@ -539,8 +539,12 @@ func (s *Service) prepareCheckout(ctx context.Context) error {
 		}
 		return s.cloneAnew(ctx, "clone")
 	}
-	if err := s.repo.prepareDir(); err != nil {
+	moved, err := s.repo.prepareDir()
+	if err != nil {
 		return err
+	}
+	if moved {
+		r.Shape = "" // its configuration is gone
 	}
 	if err := s.repo.clean(); err != nil {
 		return err
@@ -584,12 +588,8 @@ func (s *Service) repair(ctx context.Context) error {
 		s.snap = nil
 		return s.repo.rebuildIndex(ctx)
 	}
-	if root, rerr := s.repo.open(); rerr == nil {
-		rerr = s.repo.chown(root)
-		root.Close()
-		if rerr != nil {
-			return rerr
-		}
+	if err := s.repo.chown(".git"); err != nil {
+		return err
 	}
 	err = s.repo.probe(ctx)
 	if err == nil {
@@ -774,6 +774,7 @@ func (s *Service) layOut(ctx context.Context, commit, content string, judged boo
 	if err := s.repo.prefetch(ctx, commit); err != nil {
 		return err
 	}
+	s.cand = candidate{content: content}
 	changes, err := s.repo.diff(ctx, commit)
 	if err != nil {
 		return err
@@ -800,10 +801,10 @@ func (s *Service) layOut(ctx context.Context, commit, content string, judged boo
 
 // precheck has the check judge the candidate. Every local is made first where it is missing, for a mount needs a place.
 func (s *Service) precheck(ctx context.Context) error {
-	v := view{Argv: s.check, Stage: filepath.Join(s.repo.dir, stageDir), Checkout: s.repo.dir}
+	v := view{Argv: s.check, Checkout: s.repo.dir}
 	for _, c := range s.cand.changes {
 		if c.status == 'A' {
-			v.Absent = append(v.Absent, c.path)
+			v.Absent = append(v.Absent, []byte(c.path))
 		}
 	}
 	for _, d := range s.dirs {
@@ -1059,6 +1060,9 @@ func (s *Service) mountAll() error {
 		ours := top != nil && slices.ContainsFunc(s.own(mounts), func(m mountPoint) bool { return m.id == top.id })
 		if err := bind(root, d, s.repo.acct, ours); err != nil {
 			return err
+		}
+		if !shows(s.repo.dir, d.link, d.local) {
+			return fmt.Errorf("%s does not show %q after it was mounted there: another mount covers it", d.local, d.link)
 		}
 		slog.Info(fmt.Sprintf("%s: mounted %s on %s", s.service, d.link, d.local))
 	}

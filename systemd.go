@@ -347,7 +347,6 @@ RestartSec=2s
 # Mounts stay when gitopper stops. A package that is being installed is let finish.
 KillMode=mixed
 TimeoutStopSec=35min
-OOMScoreAdjust=-500
 LimitNOFILE=8192
 # Only what needs no mount namespace: with one, mounts would not reach the host.
 LockPersonality=yes
