@@ -99,7 +99,7 @@ func gitCommand(a account, dir string, network bool, args ...string) *exec.Cmd {
 		"-c", "core.protectNTFS=false", "-c", "core.protectHFS=false", "-c", "credential.helper=", "-c", "remote.origin.uploadpack=git-upload-pack",
 		"-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=20",
 	}, args...)...)
-	cmd.Dir = "/"
+	cmd.Dir = "/proc" // nobody has a repository there
 	allow := "none"
 	if network {
 		allow = "https:http:ssh:git:file"
@@ -107,7 +107,7 @@ func gitCommand(a account, dir string, network bool, args ...string) *exec.Cmd {
 	cmd.Env = []string{
 		"PATH=" + os.Getenv("PATH"), "HOME=" + a.home, "GIT_CONFIG_NOSYSTEM=1", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_ATTR_NOSYSTEM=1",
 		"GIT_TERMINAL_PROMPT=0", "GIT_ASKPASS=", "SSH_ASKPASS=", "GIT_ALLOW_PROTOCOL=" + allow, "GIT_LITERAL_PATHSPECS=1",
-		"GIT_OPTIONAL_LOCKS=0", "GIT_NO_REPLACE_OBJECTS=1",
+		"GIT_OPTIONAL_LOCKS=0", "GIT_CEILING_DIRECTORIES=/", "GIT_NO_REPLACE_OBJECTS=1",
 		"GIT_SSH_COMMAND=ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=2",
 	}
 	for _, k := range []string{"http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR"} {
@@ -393,7 +393,7 @@ func (r *repo) clone(ctx context.Context, keep string) error {
 			return err
 		}
 	}
-	if err := fresh.moveHead(ctx, start); err != nil {
+	if err := fresh.moveHead(ctx, start, start == keep); err != nil {
 		return err
 	}
 	if _, err := fresh.local(ctx, "read-tree", start); err != nil {
@@ -612,9 +612,9 @@ func (r *repo) fetch(ctx context.Context) (string, error) {
 	return r.resolve(ctx, ref)
 }
 
-// prefetch makes sure that every file of commit's links is in the clone, and tries the same for the last 20 versions of
-// them, in one request: going back to one of those then needs no upstream.
-func (r *repo) prefetch(ctx context.Context, commit string) error {
+// prefetch makes sure that every file of commit's links is in the clone, which needs no network if they are. With ahead
+// it tries the same for the last 20 versions of them, in one request: going back to one of those then needs no upstream.
+func (r *repo) prefetch(ctx context.Context, commit string, ahead bool) error {
 	// Git reads the attributes above a file from the index where they are not on disk, though ours override them.
 	want := r.links()
 	for _, l := range r.links() {
@@ -625,12 +625,10 @@ func (r *repo) prefetch(ctx context.Context, commit string) error {
 	}
 	slices.Sort(want)
 	want = slices.Compact(want)
-	var err error
-	for _, depth := range []string{"-20", "--no-walk"} {
-		args := append([]string{"rev-list", "--objects", "--no-object-names", "--missing=print", depth, commit, "--"}, want...)
-		out, lerr := r.local(ctx, args...)
-		if lerr != nil {
-			return lerr
+	get := func(depth string) error {
+		out, err := r.local(ctx, append([]string{"rev-list", "--objects", "--no-object-names", "--missing=print", depth, commit, "--"}, want...)...)
+		if err != nil {
+			return err
 		}
 		var missing bytes.Buffer
 		for line := range bytes.Lines(out) {
@@ -641,15 +639,14 @@ func (r *repo) prefetch(ctx context.Context, commit string) error {
 		if missing.Len() == 0 {
 			return nil
 		}
-		if _, err = r.run(ctx, fetchLimit, true, missing.Bytes(), "-c", "fetch.negotiationAlgorithm=noop", "fetch", "-q", "--no-tags", "--no-write-fetch-head",
-			"--recurse-submodules=no", "--filter=blob:none", "--stdin", "origin"); err == nil {
-			return nil
-		}
-		if ctx.Err() != nil {
-			break
-		}
+		_, err = r.run(ctx, fetchLimit, true, missing.Bytes(), "-c", "fetch.negotiationAlgorithm=noop", "fetch", "-q", "--no-tags", "--no-write-fetch-head",
+			"--recurse-submodules=no", "--filter=blob:none", "--stdin", "origin")
+		return err
 	}
-	return err
+	if ahead && get("-20") == nil || ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return get("--no-walk")
 }
 
 // content identifies what the links show in commit: two commits with the same content are the same to the service. A link
@@ -747,6 +744,34 @@ func validPath(p string) bool {
 		}
 	}
 	return true
+}
+
+// leftovers returns the files that a publish of half, which was cut short, added and commit does not have: to be removed,
+// where they still are what half made them.
+func (r *repo) leftovers(ctx context.Context, half, commit string, known []change) (left []change, err error) {
+	out, err := r.local(ctx, append([]string{"diff-tree", "-r", "-z", "--raw", "--no-renames", "--no-abbrev", "--diff-filter=D", half, commit, "--"}, r.links()...)...)
+	if err != nil {
+		return nil, err
+	}
+	root, err := r.open()
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	seen := map[string]bool{}
+	for _, c := range known {
+		seen[c.path] = true
+	}
+	f := strings.Split(strings.TrimSuffix(string(out), "\x00"), "\x00")
+	for i := 0; i+1 < len(f); i += 2 {
+		m := strings.Fields(strings.TrimPrefix(f[i], ":"))
+		if c := (change{path: f[i+1], status: 'A'}); len(m) == 5 && validPath(c.path) && !seen[c.path] {
+			if c.mode, c.oid = m[0], m[2]; r.same(root, c) {
+				left = append(left, c)
+			}
+		}
+	}
+	return left, nil
 }
 
 // stage lays the new files of changes out below stageDir, complete, synced, with mode and owner.
@@ -909,16 +934,34 @@ func (r *repo) publish(ctx context.Context, commit string, changes []change) err
 	if _, err := r.local(ctx, "read-tree", "--reset", "-u", commit); err != nil {
 		return err
 	}
-	if err := r.moveHead(ctx, commit); err != nil {
+	if err := r.moveHead(ctx, commit, true); err != nil {
 		return err
 	}
 	return root.RemoveAll(workDir)
 }
 
-// moveHead detaches HEAD at commit, and keeps commit from ever being pruned.
-func (r *repo) moveHead(ctx context.Context, commit string) error {
-	_, err := r.run(ctx, localLimit, false, fmt.Appendf(nil, "update HEAD %s\nupdate %s%[1]s %[1]s\n", commit, ranRefs), "update-ref", "--no-deref", "--stdin")
+// moveHead detaches HEAD at commit. Of a commit that runs here a ref tells so, and keeps it from ever being pruned.
+func (r *repo) moveHead(ctx context.Context, commit string, ran bool) error {
+	orders := "update HEAD " + commit + "\n"
+	if ran {
+		orders += "update " + ranRefs + commit + " " + commit + "\n"
+	}
+	_, err := r.run(ctx, localLimit, false, []byte(orders), "update-ref", "--no-deref", "--stdin")
 	return err
+}
+
+// ranHere says whether a commit has been live, at first glance: its ref may also be packed away.
+func (r *repo) ranHere(commit string) bool {
+	root, err := r.open()
+	if err != nil {
+		return false
+	}
+	defer root.Close()
+	if _, err := root.Lstat(".git/" + ranRefs + commit); err == nil {
+		return true
+	}
+	packed, err := readSmall(root, ".git/packed-refs")
+	return err == nil && strings.Contains(string(packed), ranRefs+commit)
 }
 
 func isDir(root *os.Root, name string) bool {
@@ -1092,6 +1135,9 @@ func lstat(name string) (st syscall.Stat_t) {
 
 // patch writes what differs between commit and the work tree at paths to w, such that git apply can bring it back.
 func (r *repo) patch(ctx context.Context, commit string, paths []string, w io.Writer) error {
+	if len(paths) > 500 {
+		paths = r.links() // more would not fit a command line
+	}
 	cmd := gitCommand(r.acct, r.dir, false, append([]string{"diff", "--binary", "--no-ext-diff", "--no-textconv", "--no-renames", commit, "--"}, paths...)...)
 	cmd.Stdout = w
 	_, err := runGit(ctx, "diff", cmd, localLimit)

@@ -246,7 +246,7 @@ type agent struct {
 	options
 	services atomic.Pointer[[]*Service]
 	configOK atomic.Bool
-	keysOK   func() bool
+	server   atomic.Pointer[sshServer]
 	notify   string // socket of systemd's, empty without
 	started  time.Time
 }
@@ -258,7 +258,7 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 	if o.root && os.Geteuid() != 0 {
 		return errors.New("must be run as root (or with --root=false, for debugging)")
 	}
-	a := &agent{options: o, notify: os.Getenv("NOTIFY_SOCKET"), started: time.Now(), keysOK: func() bool { return true }}
+	a := &agent{options: o, notify: os.Getenv("NOTIFY_SOCKET"), started: time.Now()}
 	watchdog, _ := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
 	for _, k := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} {
 		os.Unsetenv(k) // not for the programs that we run
@@ -310,7 +310,7 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		notify(a.notify, "STOPPING=1")
 		time.AfterFunc(10*time.Second, kill)
 	})
-	ctx = context.WithValue(ctx, hardKey{}, hard)
+	ctx, quit := context.WithCancel(context.WithValue(ctx, hardKey{}, hard))
 	var wg sync.WaitGroup
 	if metricListener != nil {
 		wg.Go(func() {
@@ -318,9 +318,11 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		})
 	}
 	defer wg.Wait()
+	defer quit() // an error below ends what is started by then
 	services := []*Service{}
 	if o.upstream != "" {
 		own := newService(a.ownSpec(), o.stateDir, o.interval)
+		own.signers = own.rec.Signers
 		own.gate = func(read func(string) ([]byte, error)) error {
 			_, err := loadConfig(o, read)
 			return err
@@ -339,12 +341,20 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		services = append(services, newService(sp, o.stateDir, o.interval))
 	}
 	if o.upstream != "" {
-		services[0].signers = c.signers
+		// Remembered, for with -P the next start looks at upstream before there is a config.
+		services[0].signers, services[0].rec.Signers = c.signers, c.signers
+		if err := services[0].save(); err != nil {
+			return err
+		}
 	}
 	startCounters(services)
 	a.services.Store(&services)
 	a.mountFirst(ctx, services)
-	a.retire(services)
+	if len(c.services) > 0 {
+		a.retire(services)
+	} else {
+		slog.Warn(fmt.Sprintf("%s: no entry for this machine (%s): nothing is unmounted", o.configPath(), strings.Join(o.names, ", ")))
+	}
 	var server *sshServer
 	if sshListener != nil {
 		hostKey, make := o.hostkey, false
@@ -354,7 +364,7 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		if server, err = newSSHServer(hostKey, make, c.keys, c.machines, o.names[0], services); err != nil {
 			return err
 		}
-		a.keysOK = server.keysOK
+		a.server.Store(server)
 	}
 	version, goVersion := buildInfo()
 	slog.Info(fmt.Sprintf("gitopper %s (%s) manages %d services of %s", version, goVersion, len(services), o.config), "interval", o.interval, "ssh", o.ssh, "metric", o.metric)
@@ -394,7 +404,8 @@ func (a *agent) configRight() bool {
 			return false
 		}
 	}
-	return a.configOK.Load() && a.keysOK()
+	server := a.server.Load()
+	return a.configOK.Load() && (server == nil || server.keysOK())
 }
 
 // hardKey is the context key of the context that ends later than ours, see finish.
@@ -515,7 +526,7 @@ func signersUsable(ctx context.Context) error {
 // on their files. What can't be mounted is reported by the first pass.
 func (a *agent) mountFirst(ctx context.Context, services []*Service) {
 	for _, s := range services {
-		if s.rec.Live == "" || !s.repo.exists() {
+		if s.rec.Live == "" && !s.legacy || !s.repo.exists() {
 			continue
 		}
 		acct, err := lookupAccount(ctx, s.user)
@@ -606,7 +617,7 @@ func (a *agent) watch(ctx context.Context, end context.CancelCauseFunc, running 
 	}
 	tick := time.NewTicker(period)
 	defer tick.Stop()
-	seen, status := running, ""
+	seen, status, said := running, "", ""
 	for {
 		select {
 		case <-ctx.Done():
@@ -621,18 +632,17 @@ func (a *agent) watch(ctx context.Context, end context.CancelCauseFunc, running 
 			notify(a.notify, "STATUS="+s)
 		}
 		text, err := os.ReadFile(a.configPath())
-		if err == nil && bytes.Equal(text, seen) {
+		if err == nil && bytes.Equal(text, seen) && a.configOK.Load() {
 			continue
 		}
-		if err == nil {
-			seen = text
+		if seen = text; err == nil { // a wrong one may come right by a key file
 			_, err = loadConfig(a.options, os.ReadFile)
-		} else if !a.configOK.Load() {
-			continue // said already
 		}
 		a.configOK.Store(err == nil)
 		switch {
+		case err != nil && err.Error() == said:
 		case err != nil:
+			said = err.Error()
 			slog.Error(fmt.Sprintf("the new config is wrong, the running one stays: %s", oneLine(err.Error())))
 		case bytes.Equal(text, running):
 		case a.restart:

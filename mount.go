@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -48,16 +49,9 @@ func openBelow(dir int, name string) (int, error) {
 	var st syscall.Stat_t
 	if err := syscall.Fstat(fd, &st); err != nil || st.Mode&syscall.S_IFMT == syscall.S_IFLNK {
 		syscall.Close(fd)
-		return -1, &fs.PathError{Op: "open", Path: name, Err: cmpErr(err, syscall.ELOOP)}
+		return -1, &fs.PathError{Op: "open", Path: name, Err: cmp.Or(err, error(syscall.ELOOP))}
 	}
 	return fd, nil
-}
-
-func cmpErr(err, other error) error {
-	if err != nil {
-		return err
-	}
-	return other
 }
 
 // openTarget opens local, an absolute path, as a place (O_PATH) to mount on. Below the first directory that someone other

@@ -227,13 +227,13 @@ func TestCheck(t *testing.T) {
 	os.MkdirAll(w.dir+"/nope", 0o755)
 	w.spec.check = []string{"bash", w.dir + "/check.sh"}
 	// What it leaves behind is ended, what it floods is cut.
-	script("setsid sleep 1000 & yes flood | head -c 3000000; echo last; exit 1")
+	script(fmt.Sprintf("setsid sleep 1000.%d & ", os.Getpid()) + "yes flood | head -c 3000000; echo last; exit 1")
 	w.restart()
 	w.reconcile()
 	w.want("DIFF", "flood; last", "three\n", "")
 	if left, err := filepath.Glob("/proc/[0-9]*/cmdline"); err == nil {
 		for _, f := range left {
-			if data, _ := os.ReadFile(f); string(data) == "sleep\x001000\x00" {
+			if data, _ := os.ReadFile(f); string(data) == fmt.Sprintf("sleep\x001000.%d\x00", os.Getpid()) {
 				t.Errorf("left: %s", f)
 			}
 		}

@@ -29,7 +29,7 @@ type packageManager struct {
 var packageManagers = []packageManager{
 	{
 		ids:       []string{"debian", "ubuntu"},
-		query:     []string{"dpkg-query", "-W", "-f=${db:Status-Status}", "--"},
+		query:     []string{"dpkg-query", "-W", "-f=${db:Status-Status}\\n", "--"},
 		installed: "installed",
 		install: []string{"apt-get", "install", "-q", "-y", "--no-remove", "--no-upgrade", "-o", "DPkg::Lock::Timeout=600",
 			"-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold", "--"},
@@ -147,7 +147,7 @@ func (m *packageManager) has(ctx context.Context, name string) (bool, error) {
 	if errors.As(err, &exit) {
 		return false, nil // all of them end with another status for a package they don't have
 	}
-	return err == nil && (m.installed == "" || strings.TrimSpace(string(out)) == m.installed), err
+	return err == nil && (m.installed == "" || slices.Contains(strings.Fields(string(out)), m.installed)), err // a line an architecture
 }
 
 func (m *packageManager) run(ctx context.Context, args []string, more ...string) ([]byte, error) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -60,6 +61,7 @@ type refusal struct {
 	Reason  string // link, signers, check, config or fallback
 	Info    string
 	Doubt   bool // the last good commit failed as well: try once more when that one runs again
+	Closed  bool // it did not: the commit is to blame
 	err     error
 }
 
@@ -74,6 +76,9 @@ func (r *refusal) Error() string {
 type brokenError struct{ error }
 
 func (b brokenError) Unwrap() error { return b.error }
+
+// recordError is a brokenError that is not the commit's fault: what is to be remembered can't be written.
+type recordError struct{ error }
 
 func broken(err error) error {
 	if err == nil {
@@ -92,13 +97,14 @@ type record struct {
 	Second  string    `json:",omitempty"` // content that is tried a second time, the last good one having failed too
 
 	Upstream, Branch string   // what Tip and Newest belong to
+	Signers          string   `json:",omitempty"` // bootstrap: those of the config that ran last
 	Tip              string   `json:",omitempty"` // upstream's commit at the last successful look
 	Newest           string   `json:",omitempty"` // newest commit that went live
 	Shape            string   `json:",omitempty"` // repo.shape that the checkout was brought to
 	Dirs             []string // where the checkout is, and where it was
 
 	Live, Content       string   // the commit whose files are live, and what its links show
-	Publishing          string   `json:",omitempty"` // set while Live is about to become this
+	Publishing          []string `json:",omitempty"` // what Live was about to become since it last was whole; the newest last
 	Told, Boot          string   `json:",omitempty"` // content that the unit was told of, and in which boot; empty: it must be told
 	Good, GoodContent   string   `json:",omitempty"` // the last commit on which the unit settled
 	Mounts, Made        []string // our mount points, and what was made for them
@@ -159,6 +165,9 @@ type Service struct {
 	edits    string    // edits that were reported and not undone
 	cand     candidate // what was laid out and judged, to be published
 	toldAt   time.Time
+	legacy   bool // there is a checkout, but no record of it
+	force    bool // an operator wants local edits undone now
+	partial  bool // a pass was begun and has not come to its end
 	fetched  bool // since git last had a chance to pack what fetches leave
 	step     func(string)
 
@@ -191,19 +200,20 @@ func newService(sp spec, stateDir string, interval time.Duration) *Service {
 	switch {
 	case err == nil:
 		s.rec, s.saved = rec, data
-		if h := s.repo.head(); rec.Publishing != "" && h == rec.Publishing {
+		if h := s.repo.head(); len(rec.Publishing) > 0 && h == rec.Publishing[len(rec.Publishing)-1] {
 			s.rec.Live = h // killed after the last file, before the record; Content is found anew
 			s.rec.Content = ""
 		}
 	case errors.Is(err, fs.ErrNotExist):
-		s.rec.Live = s.repo.head() // a checkout of an earlier gitopper, if there is one
+		s.legacy = s.repo.exists() // of an earlier gitopper
 	default:
 		slog.Error(fmt.Sprintf("%s: record can't be read, pinned to what runs until unfreeze: %v", sp.service, err))
 		f := recordFile(stateDir, sp.service)
 		if err := os.Rename(f, f+".broken"); err != nil {
 			slog.Error(fmt.Sprintf("%s: %v", sp.service, err))
 		}
-		if s.rec.Live = s.repo.head(); s.rec.Live != "" {
+		if h := s.repo.head(); h != "" && s.repo.ranHere(h) {
+			s.rec.Live = h
 			s.rec.Pin = &pin{Commit: s.rec.Live, Info: "state lost"}
 		}
 	}
@@ -242,7 +252,7 @@ func (s *Service) save() error {
 		return nil
 	}
 	if err := writeFile(recordFile(s.stateDir, s.service), data); err != nil {
-		return broken(fmt.Errorf("record: %w", err))
+		return broken(recordError{fmt.Errorf("record: %w", err)})
 	}
 	s.saved = data
 	return nil
@@ -287,7 +297,7 @@ func (s *Service) state() (state, string) {
 		}
 	}
 	switch {
-	case s.rolling:
+	case s.rolling, s.partial && s.rec.Pin != nil && strings.HasPrefix(pinned, "ROLLBACK"):
 		return stateRollback, pinned
 	case !s.passed && s.rec.State != "":
 		if i := slices.Index([]string{"OK", "FREEZE", "ROLLBACK", "BROKEN", "DIFF"}, s.rec.State); i >= 0 {
@@ -412,11 +422,10 @@ func (s *Service) run(ctx context.Context) {
 				s.beat.Store(time.Now().Unix())
 			}
 		}
-		interrupted := jobCtx.Err() != nil
 		end()
 		s.busy.Store(0)
 		var wait time.Duration
-		if wait, backoff = s.retry(interrupted, backoff); wait > 0 {
+		if wait, backoff = s.retry(backoff); wait > 0 {
 			again.Reset(wait)
 		} else {
 			again.Stop()
@@ -428,10 +437,10 @@ func (s *Service) run(ctx context.Context) {
 }
 
 // retry says when the next pass is due if nothing else asks for one; zero is never.
-func (s *Service) retry(interrupted bool, backoff time.Duration) (wait, next time.Duration) {
+func (s *Service) retry(backoff time.Duration) (wait, next time.Duration) {
 	r, pure := s.err.(*refusal) // what was refused waits for another commit or an operator
 	switch {
-	case interrupted:
+	case s.partial: // ended from outside, by somebody who may have done nothing else
 		return time.Millisecond, 0
 	case s.err != nil && !(pure && !r.Doubt):
 		next = min(max(2*backoff, 5*time.Second), s.interval)
@@ -463,6 +472,7 @@ func (s *Service) conclude(ctx context.Context, err error) {
 	s.rolling = false
 	if ctx.Err() == nil {
 		s.err, s.passed, s.packaged = err, true, s.packaged && err == nil
+		s.partial, s.force = false, false
 	}
 	s.publishStatus()
 	if serr := s.save(); serr != nil && s.err == nil && ctx.Err() == nil {
@@ -474,6 +484,7 @@ func (s *Service) conclude(ctx context.Context, err error) {
 // reconcile is one pass between what is wanted (the config, and upstream's commit or the pin) and what is there. It may be
 // ended by ctx or killed at any point: the next one goes on from what it finds.
 func (s *Service) reconcile(ctx context.Context) error {
+	s.partial = true
 	if err := s.save(); err != nil { // where nothing can be remembered, nothing is changed
 		return err
 	}
@@ -499,6 +510,8 @@ func (s *Service) reconcile(ctx context.Context) error {
 		return s.takeBack(ctx, err)
 	case !errors.As(err, new(brokenError)):
 		s.checked = false
+	default:
+		s.doubt(verdict)
 	}
 	if verdict != nil {
 		return fmt.Errorf("%w; %w", verdict, err)
@@ -552,11 +565,15 @@ func (s *Service) prepareCheckout(ctx context.Context) error {
 	if err := s.repair(ctx); err != nil {
 		return err
 	}
+	if s.legacy {
+		r.Live, _ = s.repo.resolve(ctx, "HEAD")
+		s.legacy = false
+	}
 	if r.Live != "" && s.repo.head() != r.Live {
 		// Somebody else moved HEAD (or an older gitopper had it on a branch): the files are compared with what we know.
 		if _, err := s.repo.resolve(ctx, r.Live); err != nil {
 			r.Live, r.Content = "", ""
-		} else if err := s.repo.moveHead(ctx, r.Live); err != nil {
+		} else if err := s.repo.moveHead(ctx, r.Live, true); err != nil {
 			return err
 		} else if err := s.repo.rebuildIndex(ctx); err != nil {
 			return err
@@ -610,7 +627,7 @@ func (s *Service) cloneAnew(ctx context.Context, step string) error {
 		return err
 	}
 	s.rec.Shape, s.snap, s.checked = s.repo.shape(), nil, true
-	if err := s.repo.prefetch(ctx, "HEAD"); err != nil {
+	if err := s.repo.prefetch(ctx, "HEAD", true); err != nil {
 		return err
 	}
 	if live == "" {
@@ -637,7 +654,7 @@ func (s *Service) cloneAnew(ctx context.Context, step string) error {
 func (s *Service) choose(ctx context.Context) (want string, verdict error) {
 	r := &s.rec
 	l := s.looked.Load()
-	if l != nil && l.err == nil {
+	if l != nil && l.err == nil && l.at.After(r.LastLook) {
 		r.Tip, r.LastLook = l.tip, l.at
 	}
 	if r.Pin != nil {
@@ -648,16 +665,22 @@ func (s *Service) choose(ctx context.Context) (want string, verdict error) {
 		missed = l.err
 	}
 	if r.Tip == "" {
-		return s.rest(), missed
+		if want = s.rest(); want == "" {
+			missed = cmp.Or(missed, errors.New("upstream was not looked at yet"))
+		}
+		return want, missed
 	}
 	want, err := s.judgeTip(ctx)
 	if err == nil {
 		return want, missed
 	}
+	want = s.rest()
 	if !errors.As(err, new(*refusal)) {
 		s.checked = false
+	} else if want == r.Live && r.Content == "" {
+		return "", err // dirs have changed, and what they would show was refused: all stays as it is
 	}
-	return s.rest(), err
+	return want, err
 }
 
 // rest is where to stay when upstream's commit is not to be had: on what runs, unless that itself was taken back.
@@ -672,7 +695,8 @@ func (s *Service) rest() string {
 func (s *Service) judge(reason string) string {
 	if reason == "signers" {
 		data, _ := os.ReadFile(s.signers)
-		return digest(s.signers, string(data))
+		revoked, _ := os.ReadFile(s.signers + ".revoked")
+		return digest(s.signers, string(data), string(revoked))
 	}
 	return digest(fmt.Sprint(s.check, s.action, s.dirs))
 }
@@ -697,7 +721,7 @@ func (s *Service) refuse(commit, content string, f *refusal) *refusal {
 	f.err = nil
 	for i := range s.rec.Refused {
 		if old := &s.rec.Refused[i]; old.Content == f.Content && old.Judge == f.Judge && old.Reason == f.Reason && (f.Content != "" || old.Commit == commit) {
-			old.Commit, old.Info, old.Doubt = f.Commit, f.Info, f.Doubt // the same once more: news to nobody
+			old.Commit, old.Info, old.Doubt, old.Closed = f.Commit, f.Info, f.Doubt, f.Closed // the same once more: news to nobody
 			return old
 		}
 	}
@@ -771,13 +795,20 @@ func (s *Service) examine(ctx context.Context, commit, newest string, remember b
 // layOut fetches what is missing of commit's files and lays out those that differ from the live ones; with judged, the
 // candidate must then please the check and our own config's gate.
 func (s *Service) layOut(ctx context.Context, commit, content string, judged bool) error {
-	if err := s.repo.prefetch(ctx, commit); err != nil {
+	if err := s.repo.prefetch(ctx, commit, commit == s.rec.Tip); err != nil {
 		return err
 	}
 	s.cand = candidate{content: content}
 	changes, err := s.repo.diff(ctx, commit)
 	if err != nil {
 		return err
+	}
+	for _, half := range s.rec.Publishing {
+		left, err := s.repo.leftovers(ctx, half, commit, changes)
+		if err != nil {
+			return err
+		}
+		changes = append(changes, left...)
 	}
 	s.cand = candidate{commit: commit, content: content, changes: changes}
 	if err := s.repo.stage(ctx, changes); err != nil {
@@ -789,18 +820,18 @@ func (s *Service) layOut(ctx context.Context, commit, content string, judged boo
 	}
 	if s.gate != nil {
 		if err := s.gate(s.readCandidate); err != nil {
-			return &refusal{Reason: "config", err: err}
+			return &refusal{Reason: "config", err: fmt.Errorf("commit %.8s: %w", commit, err)}
 		}
 	}
 	if len(s.check) > 0 {
 		s.step("check")
-		return s.precheck(ctx)
+		return s.precheck(ctx, commit)
 	}
 	return nil
 }
 
 // precheck has the check judge the candidate. Every local is made first where it is missing, for a mount needs a place.
-func (s *Service) precheck(ctx context.Context) error {
+func (s *Service) precheck(ctx context.Context, commit string) error {
 	v := view{Argv: s.check, Checkout: s.repo.dir}
 	for _, c := range s.cand.changes {
 		if c.status == 'A' {
@@ -821,7 +852,11 @@ func (s *Service) precheck(ctx context.Context) error {
 		syscall.Close(t)
 		v.Shows = append(v.Shows, shown{d.local, d.link, d.file})
 	}
-	return precheck(ctx, filepath.Join(s.stateDir, "check", s.service), v)
+	err := precheck(ctx, filepath.Join(s.stateDir, "check", s.service), v)
+	if f := (*refusal)(nil); errors.As(err, &f) {
+		f.err = fmt.Errorf("commit %.8s: %w", commit, f.err)
+	}
+	return err
 }
 
 // remember records what is about to be made to mount on, before it is made: later nobody could tell whose it is.
@@ -895,13 +930,13 @@ func (s *Service) files(ctx context.Context, commit string) error {
 	if err != nil {
 		return err
 	}
-	if commit == r.Live && r.Publishing == "" && r.Content != "" {
+	if commit == r.Live && len(r.Publishing) == 0 && r.Content != "" {
 		edits := strings.Join(edited, " ")
 		if edits != s.edits && edits != "" {
 			slog.Warn(fmt.Sprintf("%s: edited here: %s", s.service, edits))
 		}
 		s.edits = edits
-		if edits == "" || r.Pin != nil || time.Since(r.DriftUndone) < s.interval {
+		if edits == "" || !s.force && (r.Pin != nil || time.Since(r.DriftUndone) < s.interval) {
 			return nil
 		}
 	}
@@ -923,7 +958,7 @@ func (s *Service) files(ctx context.Context, commit string) error {
 		return ctx.Err()
 	}
 	s.step("publish")
-	r.Publishing = commit
+	r.Publishing = append(slices.DeleteFunc(r.Publishing, func(c string) bool { return c == commit }), commit)
 	if len(cand.changes) > 0 {
 		r.Told = ""
 	}
@@ -944,7 +979,7 @@ func (s *Service) files(ctx context.Context, commit string) error {
 	if len(cand.changes) > 0 && commit != r.Live {
 		slog.Info(fmt.Sprintf("%s: %.8s is live", s.service, commit), "before", fmt.Sprintf("%.8s", r.Live), "files", len(cand.changes))
 	}
-	r.Live, r.Content, r.Publishing, s.edits, s.checked = commit, cand.content, "", "", true
+	r.Live, r.Content, r.Publishing, s.edits, s.checked = commit, cand.content, nil, "", true
 	if commit == r.Tip {
 		r.Newest = commit
 	}
@@ -958,7 +993,7 @@ func (s *Service) files(ctx context.Context, commit string) error {
 // short was making of them.
 func (s *Service) drift(ctx context.Context) ([]string, error) {
 	r := &s.rec
-	if r.Live == "" || s.snap.holds(s.repo.dir) && r.Publishing == "" {
+	if r.Live == "" || s.snap.holds(s.repo.dir) && len(r.Publishing) == 0 {
 		return nil, nil
 	}
 	changes, err := s.repo.diff(ctx, r.Live)
@@ -969,12 +1004,16 @@ func (s *Service) drift(ctx context.Context) ([]string, error) {
 		changes = slices.DeleteFunc(changes, func(c change) bool { return c.status == 'D' })
 	}
 	edited := paths(changes)
-	if r.Publishing != "" && len(edited) > 0 {
-		half, err := s.repo.diff(ctx, r.Publishing)
+	for _, half := range r.Publishing {
+		changes, err := s.repo.diff(ctx, half)
 		if err != nil {
 			return nil, err
 		}
-		edited = slices.DeleteFunc(edited, func(p string) bool { return !slices.Contains(paths(half), p) })
+		still := map[string]bool{}
+		for _, c := range changes {
+			still[c.path] = true
+		}
+		edited = slices.DeleteFunc(edited, func(p string) bool { return !still[p] })
 	}
 	if len(edited) == 0 {
 		s.snap, err = s.repo.snap(ctx)
@@ -1051,6 +1090,7 @@ func (s *Service) mountAll() error {
 		return err
 	}
 	defer root.Close()
+	var errs error
 	for _, d := range wrong {
 		at := d.local
 		if p, err := filepath.EvalSymlinks(d.local); err == nil {
@@ -1058,13 +1098,16 @@ func (s *Service) mountAll() error {
 		}
 		top := visible(mounts, at)
 		ours := top != nil && slices.ContainsFunc(s.own(mounts), func(m mountPoint) bool { return m.id == top.id })
-		if err := bind(root, d, s.repo.acct, ours); err != nil {
-			return err
+		err := bind(root, d, s.repo.acct, ours)
+		if err == nil && !shows(s.repo.dir, d.link, d.local) {
+			err = fmt.Errorf("%s does not show %q after it was mounted there: another mount covers it", d.local, d.link)
 		}
-		if !shows(s.repo.dir, d.link, d.local) {
-			return fmt.Errorf("%s does not show %q after it was mounted there: another mount covers it", d.local, d.link)
+		if errs = errors.Join(errs, err); err == nil {
+			slog.Info(fmt.Sprintf("%s: mounted %s on %s", s.service, d.link, d.local))
 		}
-		slog.Info(fmt.Sprintf("%s: mounted %s on %s", s.service, d.link, d.local))
+	}
+	if errs != nil {
+		return errs
 	}
 	s.swept = true
 	return s.sweep()
@@ -1194,6 +1237,9 @@ func (s *Service) settled() error {
 		r.Good, r.GoodContent, r.Second = r.Live, r.Content, ""
 		r.Refused = slices.DeleteFunc(r.Refused, func(f refusal) bool { return f.Content == r.Content })
 	}
+	for i := range r.Refused {
+		r.Refused[i].Closed = r.Refused[i].Closed || !r.Refused[i].Doubt
+	}
 	r.Told = r.Content
 	return s.save()
 }
@@ -1201,7 +1247,7 @@ func (s *Service) settled() error {
 // fallsBack says whether trouble with what is live is to be met by the last good commit: it is on trial, and another one is known.
 func (s *Service) fallsBack(ctx context.Context, err error) bool {
 	r := &s.rec
-	if !s.fallback || r.Pin != nil || ctx.Err() != nil || !errors.As(err, new(brokenError)) || r.Good == "" || r.Good == r.Live || r.Content == r.GoodContent {
+	if !s.fallback || r.Pin != nil || ctx.Err() != nil || !errors.As(err, new(brokenError)) || errors.As(err, new(recordError)) || r.Good == "" || r.Good == r.Live || r.Content == r.GoodContent {
 		return false
 	}
 	content, cerr := s.repo.content(ctx, r.Good)
@@ -1209,11 +1255,11 @@ func (s *Service) fallsBack(ctx context.Context, err error) bool {
 }
 
 // takeBack makes the last good commit live again. What failed is remembered first, so that a crash in between goes on from
-// here; if the good one fails as well, it was perhaps not the commit's fault, which is remembered too.
+// here.
 func (s *Service) takeBack(ctx context.Context, cause error) error {
 	r := &s.rec
-	bad, content, second := r.Live, r.Content, r.Second == r.Content
-	f := s.refuse(bad, content, &refusal{Reason: "fallback", err: fmt.Errorf("commit %.8s taken back, %.8s runs: %w", bad, r.Good, cause)})
+	second := r.Second == r.Content
+	verdict := *s.refuse(r.Live, r.Content, &refusal{Reason: "fallback", Closed: second, err: fmt.Errorf("commit %.8s taken back, %.8s runs: %w", r.Live, r.Good, cause)})
 	r.Second = ""
 	if err := s.save(); err != nil {
 		return err
@@ -1221,20 +1267,23 @@ func (s *Service) takeBack(ctx context.Context, cause error) error {
 	s.step(fmt.Sprintf("fall back to %.8s", r.Good))
 	err := s.goLive(ctx, r.Good)
 	if err == nil || ctx.Err() != nil {
-		return cmpError(err, f)
+		return cmp.Or(err, error(&verdict))
 	}
-	if f = s.refused(content, ""); f != nil && !second {
-		f.Doubt = true
-		f.Info = oneLine(fmt.Sprintf("commit %.8s failed, and so does the last good one, %.8s: %v", bad, r.Good, cause))
-	}
-	return broken(fmt.Errorf("%w; %w", f, err))
+	s.doubt(&verdict)
+	return broken(fmt.Errorf("%w; %w", &verdict, err))
 }
 
-func cmpError(err, other error) error {
-	if err != nil {
-		return err
+// doubt notes that the last good commit fails as well as the one that was taken back for it, which was perhaps not to blame.
+func (s *Service) doubt(verdict error) {
+	var v *refusal
+	if !errors.As(verdict, &v) || v.Reason != "fallback" {
+		return
 	}
-	return other
+	if f := s.refused(v.Content, ""); f != nil && !f.Closed && !f.Doubt {
+		f.Doubt = true
+		f.Info = strings.Replace(f.Info, " taken back, ", " failed, and so does the last good one, ", 1)
+		*v = *f
+	}
 }
 
 // operate carries out what an operator asked for, and answers when it is done.
@@ -1253,14 +1302,14 @@ func (s *Service) operate(ctx context.Context, o op) error {
 		}
 		r.Pin = &pin{Commit: r.Live, Info: strings.TrimSuffix(o.who+": "+o.reason, ": "), Until: o.until}
 	case "unfreeze":
-		r.Pin = nil
+		r.Pin, s.force = nil, true
 		_ = s.lookNow(ctx) // it counts as a missed look
 	case "pull":
 		if r.Pin != nil {
 			return &opError{status: "Conflict", err: fmt.Errorf("pinned (%s): unfreeze it first", r.Pin.Info)}
 		}
 		r.Refused, r.Second = nil, ""
-		if errors.As(s.err, new(brokenError)) {
+		if s.Status().state == stateBroken {
 			r.Told = "" // a unit that went down is brought up
 		}
 		lookErr = s.lookNow(ctx)
@@ -1319,7 +1368,7 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 		return &opError{status: "Internal Server Error", err: fmt.Errorf("commit %.8s: %w", commit, err)}
 	}
 	s.rec.Pin = &pin{Commit: commit, Info: fmt.Sprintf("ROLLBACK: %.8s, %s", commit, o.who)}
-	s.rec.Refused, s.rec.Second, s.rolling = nil, "", true
+	s.rec.Refused, s.rec.Second, s.rolling, s.force = nil, "", true, true
 	return nil
 }
 

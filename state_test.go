@@ -4,13 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -929,4 +932,319 @@ func TestServiceLoop(t *testing.T) {
 		t.Errorf("do after the end: %v", err)
 	}
 	<-w.s.ended
+}
+
+// eventually waits for a condition, with a deadline.
+func eventually(t *testing.T, what string, ok func() bool, limit time.Duration) {
+	t.Helper()
+	for end := time.Now().Add(limit); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("timeout: %s", what)
+		}
+	}
+}
+
+// TestRefusedCommandDoesNotEndTheTrial: A command that is refused ends the settling of a trial, which must go on all the same.
+func TestRefusedCommandDoesNotEndTheTrial(t *testing.T) {
+	w := newWorld(t)
+	w.spec.settle = 2 * time.Second
+	w.restart()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer func() { cancel(); <-w.s.ended }()
+	go w.s.run(ctx)
+	_ = lookAt(ctx, []*Service{w.s})
+	eventually(t, "first", func() bool { return w.s.Status().State == "OK" }, 20*time.Second)
+	w.calls()
+	w.commit("etc/app.conf", "bad\n", "one.conf", "new\n")
+	_ = lookAt(ctx, []*Service{w.s})
+	eventually(t, "told", func() bool { b, _ := os.ReadFile(w.fake + "/calls"); return len(b) > 0 }, 20*time.Second)
+	os.WriteFile(w.fake+"/svc.service", []byte("failed"), 0o644) // the unit dies during settle
+	if err := w.s.do(ctx, op{verb: "rollback", hash: "abcdabcd"}); err == nil {
+		t.Error("a rollback to an unknown commit was carried out")
+	}
+	eventually(t, "the pass goes on", func() bool { return w.s.Status().State == "BROKEN" }, 20*time.Second)
+}
+
+// TestRecordTroubleIsNotTheCommits: A record that can't be written while the unit is told says nothing against the commit.
+func TestRecordTroubleIsNotTheCommits(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.calls()
+	w.commit("etc/app.conf", "two\n")
+	// make the state directory unwritable when the unit is told
+	w.s.step = func(st string) {
+		if st == "reload" {
+			os.Rename(w.dir+"/state/services", w.dir+"/state/services.away")
+			os.WriteFile(w.dir+"/state/services", []byte("x"), 0o644)
+		}
+	}
+	w.reconcile()
+	w.s.step = func(string) {}
+	os.Remove(w.dir + "/state/services")
+	os.Rename(w.dir+"/state/services.away", w.dir+"/state/services")
+	w.reconcile()
+	w.reconcile()
+	w.want("OK", "", "two\n", "reload")
+}
+
+// TestRollbackUndoesEdits: A rollback to the commit that runs undoes the edits of a pinned service.
+func TestRollbackUndoesEdits(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.calls()
+	ctx := context.Background()
+	if err := w.s.operate(ctx, op{verb: "freeze", who: "me"}); err != nil {
+		t.Fatal(err)
+	}
+	w.write("local/etc/app.conf", "emergency\n")
+	w.reconcile()
+	if err := w.s.operate(ctx, op{verb: "rollback", hash: w.s.rec.Live[:8], who: "me"}); err != nil {
+		t.Fatal(err)
+	}
+	w.want("FREEZE", "ROLLBACK", "one\n", "reload")
+}
+
+// TestRefusedFirstCommitNeverRan: A first commit that was refused did not run, so that a rollback to it is judged.
+func TestRefusedFirstCommitNeverRan(t *testing.T) {
+	w := newWorld(t)
+	w.spec.check = []string{"false"}
+	w.restart()
+	w.reconcile()
+	h := w.git(w.work, "rev-parse", "HEAD")
+	err := w.s.operate(context.Background(), op{verb: "rollback", hash: h[:8], who: "me"})
+	var oe *opError
+	if !errors.As(err, &oe) || oe.status != "Not Acceptable" {
+		t.Errorf("rollback to a refused commit that never ran: err %v, %+v, live %q", err, *w.s.Status(), w.read("local/etc/app.conf"))
+	}
+}
+
+// TestRefusedFirstCommitIsNotPinned: A lost record does not make a refused first commit what runs.
+func TestRefusedFirstCommitIsNotPinned(t *testing.T) {
+	w := newWorld(t)
+	w.spec.check = []string{"false"}
+	w.restart()
+	w.reconcile()
+	os.WriteFile(recordFile(w.dir+"/state", "svc.service"), []byte("{"), 0o600)
+	w.restart()
+	w.reconcile()
+	if w.read("local/etc/app.conf") == "one\n" {
+		t.Error("the refused commit went live")
+	}
+}
+
+// TestChangedDirsAreChecked: What changed dirs would show does not go live either when the check refuses it.
+func TestChangedDirsAreChecked(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.calls()
+	w.spec.dirs = append(w.spec.dirs, dir{local: w.dir + "/local/other", link: "other"})
+	w.spec.check = []string{"false"}
+	w.restart()
+	w.reconcile()
+	if w.read("local/other/file") == "x\n" {
+		t.Error("refused by check, and live")
+	}
+}
+
+// TestDoubtSurvivesKill: Killed while the last good commit fails as well: the new one still gets its second try.
+func TestDoubtSurvivesKill(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.calls()
+	w.write("fake/fail-reload", "")
+	h := w.commit("etc/app.conf", "fine\n")
+	ctx, cancel := context.WithCancel(context.Background())
+	n := 0
+	w.s.step = func(st string) {
+		if st == "reload" {
+			if n++; n == 2 {
+				cancel() // SIGTERM/kill while the last good one is told
+			}
+		}
+	}
+	_ = lookAt(ctx, []*Service{w.s})
+	w.s.pass(ctx)
+	w.restart()
+	for range 2 {
+		w.reconcile()
+		t.Logf("%+v", *w.s.Status())
+	}
+	os.Remove(w.fake + "/fail-reload")
+	for range 4 {
+		w.reconcile()
+	}
+	if w.s.Status().Commit != h {
+		t.Error("never tried a second time")
+	}
+}
+
+// TestTakeoverWithUpstreamAway: A checkout of an earlier gitopper is used while upstream is away.
+func TestTakeoverWithUpstreamAway(t *testing.T) {
+	w := newWorld(t)
+	clone := w.dir + "/mount/svc.service"
+	w.git(w.dir, "clone", "-q", "-b", "main", "--filter=blob:none", "--no-checkout", "--sparse", w.spec.upstream, clone)
+	w.git(clone, "sparse-checkout", "set", "--cone", "etc")
+	w.git(clone, "checkout", "-q", "main")
+	os.Rename(w.up, w.up+".away")
+	w.restart()
+	w.s.pass(context.Background()) // the 5 s timer, while the look still hangs
+	if w.s.Status().State == "OK" && w.s.Status().Commit == "" {
+		t.Error("OK with no commit")
+	}
+	w.reconcile()
+	w.reconcile()
+	if w.read("local/etc/app.conf") != "one\n" {
+		t.Error("legacy checkout is not mounted while upstream is away")
+	}
+}
+
+// TestLookIsUsedOnce: A commit that came between look and fetch is not fetched again and again.
+func TestLookIsUsedOnce(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.calls()
+	w.commit("etc/app.conf", "two\n")
+	_ = lookAt(context.Background(), []*Service{w.s})
+	w.commit("etc/app.conf", "three\n") // between look and fetch
+	w.s.pass(context.Background())
+	w.want("OK", "", "three\n", "reload")
+	before := gitRuns()
+	w.s.pass(context.Background())
+	if n := gitRuns() - before; n != 0 {
+		t.Errorf("idle pass ran git %v times", n)
+	}
+	if !w.s.Status().InSync {
+		t.Error("not in sync")
+	}
+	os.Rename(w.up, w.up+".away")
+	w.s.pass(context.Background())
+	if st := w.s.Status(); st.State != "OK" {
+		t.Errorf("no look has failed, but %s %s", st.State, st.Info)
+	}
+}
+
+// TestRollbackUsesNoNetwork: Content on disk goes live without asking anybody.
+func TestRollbackUsesNoNetwork(t *testing.T) {
+	w := newWorld(t)
+	var hs []string
+	for i := range 30 {
+		hs = append(hs, w.commit("etc/app.conf", fmt.Sprintf("v%d\n", i)))
+	}
+	w.reconcile()
+	w.calls()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var conns atomic.Int32
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conns.Add(1)
+			defer c.Close() // never answered
+		}
+	}()
+	w.git(w.s.repo.dir, "config", "remote.origin.url", "http://"+l.Addr().String()+"/x")
+	if err := w.s.operate(context.Background(), op{verb: "rollback", hash: hs[20], who: "me"}); err != nil {
+		t.Error(err)
+	}
+	if conns.Load() > 0 {
+		t.Error("network was used for content on disk")
+	}
+}
+
+// TestManyEdits: More edited files than fit a command line.
+func TestManyEdits(t *testing.T) {
+	w := newWorld(t)
+	name := strings.Repeat("n", 200)
+	os.MkdirAll(w.work+"/etc/many", 0o755)
+	for i := range 12000 {
+		os.WriteFile(fmt.Sprintf("%s/etc/many/%s%d", w.work, name, i), []byte("x"), 0o644)
+	}
+	w.push()
+	w.reconcile()
+	w.calls()
+	os.RemoveAll(w.dir + "/local/etc/many")
+	w.reconcile()
+	w.want("OK", "", "one\n", "reload")
+}
+
+// TestPipeDoesNotBlock: A pipe planted in the checkout blocks nothing.
+func TestPipeDoesNotBlock(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.calls()
+	os.Remove(w.s.repo.dir + "/.git/HEAD")
+	if err := syscall.Mkfifo(w.s.repo.dir+"/.git/HEAD", 0o644); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	go func() { w.s.pass(ctx); close(done) }()
+	select {
+	case <-done:
+		t.Logf("%+v", *w.s.Status())
+	case <-time.After(8 * time.Second):
+		t.Error("the pass hangs in open(2) and can't be ended")
+		f, _ := os.OpenFile(w.s.repo.dir+"/.git/HEAD", os.O_WRONLY, 0)
+		f.Close()
+		time.Sleep(time.Second)
+	}
+}
+
+// TestMountsAreIndependent: A dir that can not be mounted keeps no other from it.
+func TestMountsAreIndependent(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.calls()
+	for _, d := range w.spec.dirs {
+		syscall.Unmount(d.local, syscall.MNT_DETACH)
+	}
+	// a config with one more dir, first in the list; after a boot with upstream away
+	w.spec.dirs = append([]dir{{local: w.dir + "/local/other", link: "other"}}, w.spec.dirs...)
+	w.restart()
+	(&agent{}).mountFirst(context.Background(), []*Service{w.s})
+	if got := w.read("local/etc/app.conf"); got != "one\n" {
+		t.Errorf("not mounted before READY: %q", got)
+	}
+}
+
+// TestNoEntryUnmountsNothing: A bootstrapped host that is no longer in the config keeps its mounts.
+func TestNoEntryUnmountsNothing(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.calls()
+	pub := w.dir + "/k.pub"
+	exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", w.dir+"/k").Run()
+	w.commit("gitopper/c.toml", "[global]\nupstream=\""+w.spec.upstream+"\"\nmount=\""+w.dir+"/mount\"\nkeys=[{path=\""+pub+"\"}]\n[[services]]\nmachine=\"m\"\nservice=\"svc.service\"\naction=\"reload\"\ndirs=[{link=\"etc\",local=\""+w.dir+"/local/etc\"},{link=\"one.conf\",local=\""+w.dir+"/local/one.conf\",file=true}]\n")
+	o := options{names: []string{"renamed-by-dhcp"}, config: "c.toml", upstream: w.spec.upstream, directory: "gitopper", branch: "main", mount: w.dir + "/boot", stateDir: w.dir + "/state", interval: time.Hour, once: true}
+	if err := daemon(context.Background(), o, io.Discard); err != nil {
+		t.Error(err)
+	}
+	if w.read("local/etc/app.conf") != "one\n" {
+		t.Error("unmounted")
+	}
+}
+
+// TestPullAfterRestart: A pull right after a restart brings up a unit that is down.
+func TestPullAfterRestart(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.write("fake/svc.service", "failed")
+	w.s.unit.Store(nil)
+	w.reconcile()
+	w.want("BROKEN", "is failed", "one\n", "reload")
+	w.restart()
+	if w.s.Status().State != "BROKEN" {
+		t.Fatal(w.s.Status())
+	}
+	if err := w.s.operate(context.Background(), op{verb: "pull"}); err != nil {
+		t.Error(err)
+	}
+	w.want("OK", "", "one\n", "reset-failed, start")
 }

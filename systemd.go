@@ -20,7 +20,7 @@ const actionLimit = 5 * time.Minute
 // unit is what systemd knows of a unit, in the words of systemctl show.
 type unit struct {
 	ID, LoadState, ActiveState, SubState, Result, Type, NeedDaemonReload string
-	InvocationID, NRestarts, MainPID, ExecMainCode, ExecMainStatus, Job  string
+	InvocationID, NRestarts, MainPID, ExecMainStatus, Job                string
 	LoadError                                                            string
 	TriggeredBy                                                          []string
 	triggered                                                            bool      // one of TriggeredBy is active
@@ -31,7 +31,11 @@ type unit struct {
 var reloadLock = make(chan struct{}, 1)
 
 func systemctl(ctx context.Context, limit time.Duration, args ...string) ([]byte, error) {
-	return execute(ctx, "systemctl "+strings.Join(args[:min(2, len(args))], " "), exec.Command("systemctl", append([]string{"--no-ask-password", "--no-pager"}, args...)...), limit, syscall.SIGKILL)
+	name := "systemctl " + args[0]
+	if args[0] != "show" {
+		name += " " + args[len(args)-1]
+	}
+	return execute(ctx, name, exec.Command("systemctl", append([]string{"--no-ask-password", "--no-pager"}, args...)...), limit, syscall.SIGKILL)
 }
 
 // showUnits asks systemd once for the state of units; the result is in the order of the names.
@@ -63,7 +67,7 @@ func showUnits(ctx context.Context, names ...string) ([]unit, error) {
 
 func show(ctx context.Context, names []string) ([]unit, error) {
 	now := time.Now()
-	out, err := systemctl(ctx, localLimit, append([]string{"show", "-p", "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload,InvocationID,NRestarts,MainPID,ExecMainCode,ExecMainStatus,TriggeredBy,Job", "--"}, names...)...)
+	out, err := systemctl(ctx, localLimit, append([]string{"show", "-p", "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload,InvocationID,NRestarts,MainPID,ExecMainStatus,TriggeredBy,Job", "--"}, names...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -87,7 +91,7 @@ func parseUnits(out string) ([]unit, error) {
 		var u unit
 		fields := map[string]*string{"Id": &u.ID, "LoadState": &u.LoadState, "ActiveState": &u.ActiveState, "SubState": &u.SubState, "Result": &u.Result,
 			"Type": &u.Type, "NeedDaemonReload": &u.NeedDaemonReload, "InvocationID": &u.InvocationID, "NRestarts": &u.NRestarts, "MainPID": &u.MainPID,
-			"ExecMainCode": &u.ExecMainCode, "ExecMainStatus": &u.ExecMainStatus, "Job": &u.Job, "LoadError": &u.LoadError}
+			"ExecMainStatus": &u.ExecMainStatus, "Job": &u.Job, "LoadError": &u.LoadError}
 		for line := range strings.SplitSeq(block, "\n") {
 			k, v, ok := strings.Cut(line, "=")
 			if p := fields[k]; ok && p != nil {
@@ -177,9 +181,8 @@ func tell(ctx context.Context, name, action string, reload bool) error {
 	if u.ActiveState == "inactive" && u.triggered {
 		return nil
 	}
-	if u.Job != "" && u.Job != "0" { // one that hangs would make ours wait behind it
-		job, _, _ := strings.Cut(u.Job, " ")
-		_, _ = systemctl(ctx, localLimit, "cancel", job)
+	if u.ActiveState == "reloading" { // left by an action of ours that was killed: the next would wait behind it
+		cancelJob(ctx, name)
 	}
 	if u.ActiveState == "failed" || u.SubState == "auto-restart" {
 		if _, err := systemctl(ctx, localLimit, "reset-failed", "--", name); err != nil {
@@ -342,7 +345,7 @@ UMask=0022
 # A first checkout of our own config may take its time; all that is done has limits of its own.
 TimeoutStartSec=infinity
 WatchdogSec=2min
-Restart=always
+Restart=on-failure
 RestartSec=2s
 # Mounts stay when gitopper stops. A package that is being installed is let finish.
 KillMode=mixed
