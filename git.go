@@ -179,11 +179,7 @@ func lookUpstream(ctx context.Context, a account, upstream string, branches []st
 	return tips, nil
 }
 
-func exists(name string) bool {
-	_, err := os.Stat(name)
-	return err == nil
-}
-
+// isHash says whether s is the full id of an object, SHA-1 or SHA-256.
 func isHash(s string) bool {
 	return (len(s) == 40 || len(s) == 64) && strings.Trim(s, "0123456789abcdef") == ""
 }
@@ -210,6 +206,7 @@ func (r *repo) shape() string {
 	return digest(append([]string{"1", r.upstream, r.branch}, r.links()...)...)
 }
 
+// digest is a short name for a list of strings.
 func digest(parts ...string) string {
 	sum := sha256.Sum256([]byte(strings.Join(parts, "\x00")))
 	return hex.EncodeToString(sum[:16])
@@ -221,6 +218,7 @@ func (r *repo) run(ctx context.Context, limit time.Duration, network bool, stdin
 	return runGit(ctx, args[0], cmd, limit)
 }
 
+// local runs a git in the checkout that needs no network and gets none.
 func (r *repo) local(ctx context.Context, args ...string) ([]byte, error) {
 	return r.run(ctx, localLimit, false, nil, args...)
 }
@@ -236,10 +234,7 @@ func (r *repo) open() (*os.Root, error) {
 }
 
 // exists says whether there is a .git to work with, at first glance.
-func (r *repo) exists() bool {
-	_, err := os.Lstat(r.dir + "/.git/HEAD")
-	return err == nil
-}
+func (r *repo) exists() bool { return lexists(r.dir + "/.git/HEAD") }
 
 // readSmall reads a file that the checkout's owner may have replaced by anything: a pipe does not block it, and it takes
 // no more than a megabyte.
@@ -266,12 +261,6 @@ func openRegular(root *os.Root, name string) (*os.File, error) {
 		return nil, fmt.Errorf("%s: not a regular file", name)
 	}
 	return f, nil
-}
-
-// indexed says whether there is an index.
-func (r *repo) indexed() bool {
-	_, err := os.Lstat(r.dir + "/.git/index")
-	return err == nil
 }
 
 // head returns the commit that .git/HEAD holds, without asking git; "" where it holds a branch, or nothing.
@@ -358,6 +347,7 @@ func (r *repo) chown(name string) error {
 	return root.Lchown(name, r.acct.uid, r.acct.gid)
 }
 
+// owner is the uid of a file.
 func owner(fi fs.FileInfo) int { return int(fi.Sys().(*syscall.Stat_t).Uid) }
 
 // clone makes .git anew beside the old one, which is moved aside only when the new one is complete. No file of the work
@@ -530,6 +520,7 @@ func (r *repo) tidy(ctx context.Context) error {
 	return err
 }
 
+// rebuildIndex makes the index anew from HEAD; no file is touched.
 func (r *repo) rebuildIndex(ctx context.Context) error {
 	root, err := r.open()
 	if err != nil {
@@ -1187,7 +1178,7 @@ func (r *repo) verify(ctx context.Context, commit, signers, newest string) error
 	none := "/bin/false"
 	args := []string{"-c", "gpg.format=ssh", "-c", "gpg.ssh.program=ssh-keygen", "-c", "gpg.ssh.allowedSignersFile=" + signers, "-c", "gpg.minTrustLevel=fully",
 		"-c", "gpg.program=" + none, "-c", "gpg.openpgp.program=" + none, "-c", "gpg.x509.program=" + none}
-	if revoked := signers + ".revoked"; exists(revoked) {
+	if revoked := signers + ".revoked"; lexists(revoked) {
 		args = append(args, "-c", "gpg.ssh.revocationFile="+revoked)
 	}
 	cmd := gitCommand(r.acct, r.dir, false, append(args, "verify-commit", "--", commit)...)

@@ -980,6 +980,7 @@ func cleanPath(p string) string {
 	return path.Clean(p)
 }
 
+// control says whether a character could steer a terminal or end a line.
 func control(r rune) bool { return r < ' ' || r == 0x7f }
 
 // nested says whether one of two clean absolute paths is the other or lies in it.

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -107,22 +106,4 @@ func TestHTTP(t *testing.T) {
 	}
 	cancel()
 	<-ended
-}
-
-// BenchmarkIdlePass is the floor of an idle round: what a pass costs that finds nothing to do, against lstat of its files.
-func BenchmarkIdlePass(b *testing.B) {
-	for _, n := range []int{1, 100} {
-		dir := b.TempDir()
-		s := snapshot{}
-		for i := range n {
-			s[fmt.Sprintf("f%d", i)] = lstat(dir + fmt.Sprintf("/f%d", i))
-		}
-		b.Run(fmt.Sprintf("snapshot of %d files", n), func(b *testing.B) {
-			for b.Loop() {
-				if !s.holds(dir) {
-					b.Fatal("changed")
-				}
-			}
-		})
-	}
 }

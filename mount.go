@@ -138,6 +138,7 @@ func makeAt(dir int, name string, file bool) error {
 // fdPath names an open descriptor such that system calls which take a path reach exactly what it holds. See proc_pid_fd(5).
 func fdPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 
+// fchown works on O_PATH descriptors, unlike fchown(2).
 func fchown(fd, uid, gid int) error { return os.Chown(fdPath(fd), uid, gid) }
 
 func readlinkAt(fd int) (string, error) {
@@ -296,6 +297,7 @@ func unescapeMount(s string) string {
 	return b.String()
 }
 
+// readMountinfo returns the mounts of our namespace.
 func readMountinfo() ([]mountPoint, error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {

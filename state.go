@@ -80,6 +80,7 @@ func (b brokenError) Unwrap() error { return b.error }
 // recordError is a brokenError that is not the commit's fault: what is to be remembered can't be written.
 type recordError struct{ error }
 
+// broken marks an error as trouble with package, mount or systemd.
 func broken(err error) error {
 	if err == nil {
 		return nil
@@ -231,10 +232,12 @@ func newService(sp spec, stateDir string, interval time.Duration) *Service {
 	return s
 }
 
+// recordFile is where the record of a service lies.
 func recordFile(stateDir, service string) string {
 	return filepath.Join(stateDir, "services", service+".json")
 }
 
+// readRecord reads a record, and returns the file as it is, too.
 func readRecord(file string) (rec record, data []byte, err error) {
 	if data, err = os.ReadFile(file); err == nil {
 		err = json.Unmarshal(data, &rec)
@@ -536,7 +539,7 @@ func (s *Service) preparePackage(ctx context.Context) error {
 // nothing has changed since the last pass that costs two system calls.
 func (s *Service) prepareCheckout(ctx context.Context) error {
 	r := &s.rec
-	if s.checked && s.repo.exists() && s.repo.indexed() && s.repo.head() == r.Live && r.Live != "" && r.Shape == s.repo.shape() {
+	if s.checked && s.repo.exists() && lexists(s.repo.dir+"/.git/index") && s.repo.head() == r.Live && r.Live != "" && r.Shape == s.repo.shape() {
 		return nil
 	}
 	acct, err := lookupAccount(ctx, s.user)
@@ -1113,6 +1116,7 @@ func (s *Service) mountAll() error {
 	return s.sweep()
 }
 
+// lexists says whether there is something of that name, be it a link to nowhere.
 func lexists(name string) bool {
 	_, err := os.Lstat(name)
 	return err == nil

@@ -78,7 +78,7 @@ func fakeSystemctl(dir string, args []string) int {
 
 // world is an upstream, a host directory, and one service between them.
 type world struct {
-	t    *testing.T
+	t    testing.TB
 	dir  string // everything lies below
 	up   string // bare repository
 	work string // where commits are made
@@ -89,7 +89,7 @@ type world struct {
 
 // newWorld makes an upstream with a first commit and a service whose links etc (a directory) and one.conf (a file) are
 // mounted at local/etc and local/one.conf.
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	tmp := t.TempDir()
 	w := &world{t: t, dir: tmp, up: tmp + "/up.git", work: tmp + "/work", fake: tmp + "/fake"}
@@ -1247,4 +1247,41 @@ func TestPullAfterRestart(t *testing.T) {
 		t.Error(err)
 	}
 	w.want("OK", "", "one\n", "reset-failed, start")
+}
+
+// BenchmarkIdleRound is a round that finds nothing to do, as a multiple of the one git ls-remote that it can't do without.
+func BenchmarkIdleRound(b *testing.B) {
+	w := newWorld(b)
+	w.reconcile()
+	var floor, ours time.Duration
+	for b.Loop() {
+		start := time.Now()
+		w.git(w.dir, "ls-remote", "-q", w.spec.upstream, "refs/heads/main")
+		middle := time.Now()
+		w.reconcile()
+		floor, ours = floor+middle.Sub(start), ours+time.Since(middle)
+	}
+	b.ReportMetric(float64(ours)/float64(floor), "times-floor")
+}
+
+// BenchmarkCommitGoesLive is a commit of two files on its way to the mounts, as a multiple of what an ordinary clone needs for
+// git fetch and git reset --hard, which readers can catch half done.
+func BenchmarkCommitGoesLive(b *testing.B) {
+	w := newWorld(b)
+	w.spec.action = ""
+	w.restart()
+	w.reconcile()
+	plain := w.dir + "/plain"
+	w.git(w.dir, "clone", "-q", w.spec.upstream, plain)
+	var floor, ours time.Duration
+	for i := 0; b.Loop(); i++ {
+		w.commit("etc/app.conf", fmt.Sprintln(i), "one.conf", fmt.Sprintln(i))
+		start := time.Now()
+		w.git(plain, "fetch", "-q", "origin", "main")
+		w.git(plain, "reset", "-q", "--hard", "FETCH_HEAD")
+		middle := time.Now()
+		w.reconcile()
+		floor, ours = floor+middle.Sub(start), ours+time.Since(middle)
+	}
+	b.ReportMetric(float64(ours)/float64(floor), "times-floor")
 }
