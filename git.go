@@ -688,6 +688,17 @@ func describeLink(kind map[string]string, d dir) string {
 	return fmt.Sprintf("link %q is missing: add it to the repository, or take it from dirs", d.link)
 }
 
+// unhide clears the marks with which files can be kept out of git's sight (assume-unchanged, skip-worktree) below the links.
+func (r *repo) unhide(ctx context.Context) error {
+	names, err := r.local(ctx, append([]string{"ls-files", "-z", "--"}, r.links()...)...)
+	for _, mark := range []string{"--no-assume-unchanged", "--no-skip-worktree"} {
+		if err == nil {
+			_, err = r.run(ctx, localLimit, false, names, "update-index", "-z", mark, "--stdin")
+		}
+	}
+	return err
+}
+
 // change is what has to happen to one path so that the work tree shows a commit.
 type change struct {
 	path, mode, oid string

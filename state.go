@@ -997,6 +997,9 @@ func (s *Service) drift(ctx context.Context) ([]string, error) {
 	if r.Live == "" || s.snap.holds(s.repo.dir) && len(r.Publishing) == 0 {
 		return nil, nil
 	}
+	if err := s.repo.unhide(ctx); err != nil {
+		return nil, err
+	}
 	changes, err := s.repo.diff(ctx, r.Live)
 	if err != nil {
 		return nil, err

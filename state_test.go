@@ -398,6 +398,17 @@ func TestLocalEdits(t *testing.T) {
 	if got := w.read("local/etc/sub/deep"); got != "deep\n" {
 		t.Errorf("deep: %q", got)
 	}
+	// Neither can they be hidden.
+	w.s.rec.DriftUndone = time.Time{}
+	w.git(w.s.repo.dir, "update-index", "--assume-unchanged", "etc/app.conf")
+	w.git(w.s.repo.dir, "update-index", "--skip-worktree", "etc/sub/deep")
+	w.write("local/etc/app.conf", "hidden\n")
+	w.write("local/etc/sub/deep", "hidden\n")
+	w.reconcile()
+	w.want("OK", "", "one\n", "reload")
+	if got := w.read("local/etc/sub/deep"); got != "deep\n" {
+		t.Errorf("deep: %q", got)
+	}
 	// A pinned service's edits are only reported, and kept by what comes next.
 	if err := w.s.operate(context.Background(), op{verb: "freeze", who: "me"}); err != nil {
 		t.Fatal(err)
@@ -1155,6 +1166,15 @@ func TestRollbackUsesNoNetwork(t *testing.T) {
 	if conns.Load() > 0 {
 		t.Error("network was used for content on disk")
 	}
+	// What was never fetched is refused while nobody is there to ask, and nothing changes.
+	l.Close()
+	before := w.read("local/etc/app.conf")
+	w.calls()
+	var oe *opError
+	if err := w.s.operate(context.Background(), op{verb: "rollback", hash: hs[0], who: "me"}); !errors.As(err, &oe) || oe.done {
+		t.Errorf("rollback to what is not on disk: %v", err)
+	}
+	w.want("FREEZE", "ROLLBACK: "+hs[20][:8], before, "")
 }
 
 // TestManyEdits: More edited files than fit a command line.
@@ -1252,6 +1272,8 @@ func TestPullAfterRestart(t *testing.T) {
 // BenchmarkIdleRound is a round that finds nothing to do, as a multiple of the one git ls-remote that it can't do without.
 func BenchmarkIdleRound(b *testing.B) {
 	w := newWorld(b)
+	w.spec.action = ""
+	w.restart()
 	w.reconcile()
 	var floor, ours time.Duration
 	for b.Loop() {
