@@ -346,6 +346,9 @@ UMask=0022
 TimeoutStartSec=infinity
 WatchdogSec=2min
 Restart=on-failure
+# Status 2 is SIGHUP, or a new config: no failure, and to be started anew.
+SuccessExitStatus=2
+RestartForceExitStatus=2
 RestartSec=2s
 # Mounts stay when gitopper stops. A package that is being installed is let finish.
 KillMode=mixed
