@@ -108,6 +108,7 @@ func TestChangedUser(t *testing.T) {
 	passwd, _ := os.Lstat("/etc/passwd")
 	w.git(w.up, "config", "http.receivepack", "false")
 	w.spec.user, w.spec.upstream = "nobody", w.s.upstream
+	w.git(w.s.repo.dir, "config", "planted.program", "x")                                     // by the owner of before: it must not come along
 	if out, err := exec.Command("chown", "-R", "nobody", w.up).CombinedOutput(); err != nil { // git serves nobody what is somebody else's
 		t.Fatal(string(out))
 	}
@@ -121,6 +122,9 @@ func TestChangedUser(t *testing.T) {
 		return err
 	}); err != nil {
 		t.Error(err)
+	}
+	if config, err := os.ReadFile(w.s.repo.dir + "/.git/config"); err != nil || strings.Contains(string(config), "planted") {
+		t.Errorf("the configuration came along: %s, %v", config, err)
 	}
 	if after, _ := os.Lstat("/etc/passwd"); owner(after) != owner(passwd) {
 		t.Error("a link was followed")
@@ -206,4 +210,57 @@ func TestSigners(t *testing.T) {
 	w.restart()
 	w.reconcile()
 	w.want("OK", "", "one signed\n", "reload")
+}
+
+// TestEvilTrees: names that git itself would refuse to check out are refused before anything of the commit goes live.
+func TestEvilTrees(t *testing.T) {
+	for _, name := range []string{"..", ".git", ".GIT", "."} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			w.reconcile()
+			w.calls()
+			tree := func(entries string) string {
+				t.Helper()
+				cmd := exec.Command("git", "mktree")
+				cmd.Dir, cmd.Stdin = w.work, strings.NewReader(entries)
+				out, err := cmd.Output()
+				if err != nil {
+					t.Fatal(err)
+				}
+				return strings.TrimSpace(string(out))
+			}
+			w.write("blob", "[core]\n\tsshCommand = evil\n")
+			blob := w.git(w.work, "hash-object", "-w", w.dir+"/blob")
+			inner := tree("040000 tree " + tree("100644 blob "+blob+"\tconfig\n") + "\t.git\n")
+			etc := tree("100644 blob " + blob + "\t!first\n100644 blob " + blob + "\tapp.conf\n040000 tree " + inner + "\t" + name + "\n")
+			top := tree("040000 tree " + etc + "\tetc\n100644 blob " + blob + "\tone.conf\n")
+			commit := w.git(w.work, "commit-tree", "-p", "HEAD", "-m", "evil", top)
+			w.git(w.work, "push", "-q", "-f", "origin", commit+":main")
+			before, err := os.ReadFile(w.s.repo.dir + "/.git/config")
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.reconcile()
+			w.want("DIFF", "is not a path that may be checked out", "one\n", "")
+			if after, err := os.ReadFile(w.s.repo.dir + "/.git/config"); err != nil || string(after) != string(before) {
+				t.Errorf(".git/config was changed: %s, %v", after, err)
+			}
+			w.commit("etc/app.conf", "fixed\n")
+			w.reconcile()
+			w.want("OK", "", "fixed\n", "reload")
+		})
+	}
+}
+
+func TestHugeLink(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.calls()
+	w.write("blob", strings.Repeat("x", 5000))
+	blob := w.git(w.work, "hash-object", "-w", w.dir+"/blob")
+	w.git(w.work, "update-index", "--add", "--cacheinfo", "120000,"+blob+",etc/link")
+	w.git(w.work, "commit", "-q", "-m", "link")
+	w.git(w.work, "push", "-q", "origin", "HEAD:main")
+	w.reconcile()
+	w.want("DIFF", "etc/link: a symbolic link of 5000 bytes", "one\n", "")
 }

@@ -1241,6 +1241,8 @@ func executeThen(ctx context.Context, name string, cmd *exec.Cmd, limit time.Dur
 		}
 		switch {
 		case err == nil:
+		case stdout.over:
+			err = errTooMuch // else it would be the broken pipe that this meant for the program
 		case late.Load():
 			err = fmt.Errorf("took longer than %v and was ended", limit)
 		case ctx.Err() != nil:
@@ -1262,15 +1264,20 @@ func executeThen(ctx context.Context, name string, cmd *exec.Cmd, limit time.Dur
 		args = append(args[:1:1], args[3:]...)
 	}
 	slog.Debug(fmt.Sprintf("run %q", args), "dir", cmd.Dir, "uid", user, "took", time.Since(start).Round(time.Millisecond), "error", err)
-	return stdout.Bytes(), err
+	return stdout.buf.Bytes(), err
 }
 
 // bounded keeps what is written to it, as long as that is not absurdly much.
-type bounded struct{ bytes.Buffer }
+type bounded struct {
+	buf  bytes.Buffer // not embedded: its ReadFrom would know no bound
+	over bool
+}
+
+var errTooMuch = errors.New("more than 64 MiB of output")
 
 func (b *bounded) Write(p []byte) (int, error) {
-	if b.Len()+len(p) > 64<<20 {
-		return 0, errors.New("more than 64 MiB of output")
+	if b.over = b.buf.Len()+len(p) > 64<<20; b.over {
+		return 0, errTooMuch
 	}
-	return b.Buffer.Write(p)
+	return b.buf.Write(p)
 }

@@ -341,13 +341,15 @@ func TestExecute(t *testing.T) {
 		{"ended before", dead, time.Minute, "echo a", "", "job: context canceled"},
 		{"locale", ctx, time.Minute, "echo $LC_ALL", "C\n", ""},
 		{"left behind", ctx, time.Minute, "setsid sleep 100 & echo a", "a\n", ""},
+		{"endless output", ctx, time.Minute, "head -c 90000000 /dev/zero", "", "job: more than 64 MiB of output"},
+		{"leaves its group", ctx, 200 * time.Millisecond, "exec 2>/dev/null; set -m; sleep 3 & wait", "", "took longer than 200ms"},
 		{"much output", ctx, time.Minute, "yes x | head -100000 >&2; exit 1", "", "x; x"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			out, err := execute(tc.ctx, "job", exec.Command("bash", "-c", tc.script), tc.limit, syscall.SIGKILL)
 			if string(out) != tc.out && tc.err == "" || (err == nil) != (tc.err == "") || err != nil && (!strings.Contains(err.Error(), tc.err) || len(err.Error()) > 1000) {
-				t.Errorf("got %q, %v; want %q, %q", out, err, tc.out, tc.err)
+				t.Errorf("got %.100q, %v; want %q, %q", out, err, tc.out, tc.err)
 			}
 		})
 	}

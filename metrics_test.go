@@ -100,6 +100,17 @@ func TestHTTP(t *testing.T) {
 			t.Errorf("%s: %d %s", tc.path, code, body)
 		}
 	}
+	// Strangers that hold connections keep nobody out.
+	for range 200 {
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	if code, _ := get("/healthz"); code != 200 {
+		t.Errorf("/healthz during a flood: %d", code)
+	}
 	services[0].beat.Store(time.Now().Add(-time.Hour).Unix())
 	if code, body := get("/healthz"); code != 503 || !strings.Contains(body, "stuck: prometheus") {
 		t.Errorf("/healthz with a loop that hangs: %d %s", code, body)

@@ -74,6 +74,9 @@ func TestMountTargets(t *testing.T) {
 		{"link behind a directory of others", "open/in/l", func(d string) error {
 			return errors.Join(os.MkdirAll(d+"/open/in", 0o755), os.Chmod(d+"/open", 0o777), os.Symlink("/", d+"/open/in/l"))
 		}, false, "is a symbolic link"},
+		{"links with ..", "l/x", func(d string) error {
+			return errors.Join(os.MkdirAll(d+"/a/b", 0o755), os.MkdirAll(d+"/a/t", 0o755), os.Symlink("a/b", d+"/s"), os.Symlink("s/../t", d+"/l"))
+		}, false, ""},
 		{"link in circles", "l/x", func(d string) error { return os.Symlink("l", d+"/l") }, false, "too many levels"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -263,4 +266,36 @@ func TestCheck(t *testing.T) {
 		t.Error(err)
 	}
 	w.want("FREEZE", "ROLLBACK", "good\n", "")
+}
+
+// TestCheckFollowsNothing: what the owner of a checkout puts in the place of a staged file is not what the check reads.
+func TestCheckFollowsNothing(t *testing.T) {
+	dir := t.TempDir()
+	stage := dir + "/checkout/" + stageDir
+	if err := errors.Join(os.MkdirAll(stage+"/etc", 0o755), os.MkdirAll(dir+"/checkout/etc", 0o755), os.WriteFile(dir+"/secret", []byte("s3cret\n"), 0o600),
+		os.WriteFile(dir+"/checkout/one", []byte("old\n"), 0o644), os.WriteFile(dir+"/local", nil, 0o644), os.Symlink(dir+"/secret", stage+"/one")); err != nil {
+		t.Fatal(err)
+	}
+	err := precheck(context.Background(), dir+"/scratch", view{Checkout: dir + "/checkout", Shows: []shown{{dir + "/local", "one", true}}, Argv: []string{"cat", dir + "/local"}})
+	if err == nil || errors.As(err, new(*refusal)) || strings.Contains(err.Error(), "s3cret") {
+		t.Errorf("a link in the stage: %v", err)
+	}
+	if got := vanished([][]byte{[]byte("etc/../../../victim"), []byte("etc/a/./b"), []byte("other/x")}, "etc", stage+"/etc", dir+"/checkout/etc"); len(got) > 0 {
+		t.Errorf("paths that leave: %q", got)
+	}
+}
+
+// TestUnmakeFollowsNothing: what was made for a mount is removed, not what somebody put in its place.
+func TestUnmakeFollowsNothing(t *testing.T) {
+	dir := t.TempDir()
+	if err := errors.Join(os.MkdirAll(dir+"/theirs", 0o777), os.Chmod(dir+"/theirs", 0o777), os.Mkdir(dir+"/victim", 0o755), os.WriteFile(dir+"/victim/f", nil, 0o600),
+		os.Symlink(dir+"/victim", dir+"/theirs/d"), os.Mkdir(dir+"/mine", 0o755), os.WriteFile(dir+"/mine/f", nil, 0o644), os.WriteFile(dir+"/mine/full", []byte("x"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	unmake([]string{dir + "/mine/f", dir + "/mine/full", dir + "/theirs/d/f"})
+	for name, want := range map[string]bool{"/mine/f": false, "/mine/full": true, "/victim/f": true} {
+		if lexists(dir+name) != want {
+			t.Errorf("%s: there %v, want %v", name, !want, want)
+		}
+	}
 }
