@@ -522,3 +522,20 @@ func TestSignals(t *testing.T) {
 		}
 	}
 }
+
+// TestPrivateNamespaceIsTold: these tests run in a mount namespace of their own, as a daemon with PrivateTmp= would.
+func TestPrivateNamespaceIsTold(t *testing.T) {
+	if _, err := os.Readlink("/proc/1/ns/mnt"); err != nil {
+		t.Skipf("only root can tell: %v", err)
+	}
+	dir := t.TempDir()
+	t.Setenv("STATE_DIRECTORY", dir+"/state")
+	for name, text := range map[string]string{"k.pub": testKey, "c.toml": "[global]\nupstream = \"/nope\"\nmount = \"" + dir + "/mount\"\nkeys = [{path = \"k.pub\"}]\n[[services]]\nmachine = \"m\"\nservice = \"x\"\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, stderr, _ := gitopper(t, "--once", "-h", "m", "-c", dir+"/c.toml"); !strings.Contains(stderr, "WARN we run in a mount namespace of our own") {
+		t.Errorf("no warning: %s", stderr)
+	}
+}

@@ -83,8 +83,11 @@ func openTarget(local string, file, make bool, uid, gid int) (_ int, err error) 
 		next, err := syscall.Openat(fd, c, oPath|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0)
 		if err == syscall.ENOENT && make {
 			if err = makeAt(fd, c, file && len(rest) == 0); err == nil {
-				if next, err = syscall.Openat(fd, c, oPath|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0); err == nil && len(rest) == 0 && (uid != os.Getuid() || gid != os.Getgid()) {
-					err = fchown(next, uid, gid)
+				next, err = syscall.Openat(fd, c, oPath|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0)
+			}
+			if err == nil && len(rest) == 0 && (uid != os.Getuid() || gid != os.Getgid()) {
+				if err = giveAway(next, file, uid, gid); err != nil {
+					syscall.Close(next)
 				}
 			}
 		}
@@ -133,6 +136,18 @@ func makeAt(dir int, name string, file bool) error {
 		syscall.Close(fd)
 	}
 	return err
+}
+
+// giveAway gives what was just made to uid and gid, unless the owner of its directory has put something else in its place.
+func giveAway(fd int, file bool, uid, gid int) error {
+	var st syscall.Stat_t
+	if err := syscall.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if int(st.Uid) != os.Getuid() || file && (st.Mode&syscall.S_IFMT != syscall.S_IFREG || st.Nlink != 1 || st.Size != 0) || !file && st.Mode&syscall.S_IFMT != syscall.S_IFDIR {
+		return errors.New("somebody replaced it while it was made")
+	}
+	return fchown(fd, uid, gid)
 }
 
 // fdPath names an open descriptor such that system calls which take a path reach exactly what it holds. See proc_pid_fd(5).
