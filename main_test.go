@@ -523,19 +523,30 @@ func TestSignals(t *testing.T) {
 	}
 }
 
-// TestPrivateNamespaceIsTold: these tests run in a mount namespace of their own, as a daemon with PrivateTmp= would.
+// TestPrivateNamespaceIsTold: a daemon with PrivateTmp= is not in the mount namespace of PID 1. Here PID 1 is a shell.
 func TestPrivateNamespaceIsTold(t *testing.T) {
-	if _, err := os.Readlink("/proc/1/ns/mnt"); err != nil {
-		t.Skipf("only root can tell: %v", err)
-	}
 	dir := t.TempDir()
-	t.Setenv("STATE_DIRECTORY", dir+"/state")
 	for name, text := range map[string]string{"k.pub": testKey, "c.toml": "[global]\nupstream = \"/nope\"\nmount = \"" + dir + "/mount\"\nkeys = [{path = \"k.pub\"}]\n[[services]]\nmachine = \"m\"\nservice = \"x\"\n"} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, stderr, _ := gitopper(t, "--once", "-h", "m", "-c", dir+"/c.toml"); !strings.Contains(stderr, "WARN we run in a mount namespace of our own") {
-		t.Errorf("no warning: %s", stderr)
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		script string
+		told   bool
+	}{{`"$@"; exit $?`, false}, {`unshare --mount "$@"; exit $?`, true}} {
+		cmd := exec.Command("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", c.script, "sh", exe, "--once", "-h", "m", "-c", dir+"/c.toml")
+		cmd.Env = append(os.Environ(), "AS_GITOPPER=1", "STATE_DIRECTORY="+dir+"/state")
+		out, _ := cmd.CombinedOutput() // it fails: there is no such upstream
+		if !strings.Contains(string(out), "/nope") {
+			t.Errorf("%s: gitopper did not run: %s", c.script, out)
+		}
+		if told := strings.Contains(string(out), "WARN we run in a mount namespace of our own"); told != c.told {
+			t.Errorf("%s: told: %v: %s", c.script, told, out)
+		}
 	}
 }
