@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -163,7 +164,7 @@ func parseOptions(args []string) (o options, err error) {
 func run(args []string, stdout, stderr io.Writer) int {
 	if len(args) > 1 && args[1] == checkChild {
 		err := runCheckChild()
-		_, _ = fmt.Fprint(os.NewFile(4, "status"), oneLine(err.Error()))
+		_, _ = fmt.Fprint(os.NewFile(3, "status"), oneLine(err.Error()))
 		return 1
 	}
 	ctx, stop := context.WithCancelCause(context.Background())
@@ -247,7 +248,8 @@ type agent struct {
 	services atomic.Pointer[[]*Service]
 	configOK atomic.Bool
 	server   atomic.Pointer[sshServer]
-	notify   string // socket of systemd's, empty without
+	notify   string        // socket of systemd's, empty without
+	watchdog time.Duration // systemd wants a word that often; 0: never
 	started  time.Time
 }
 
@@ -259,7 +261,8 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		return errors.New("must be run as root (or with --root=false, for debugging)")
 	}
 	a := &agent{options: o, notify: os.Getenv("NOTIFY_SOCKET"), started: time.Now()}
-	watchdog, _ := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
+	microseconds, _ := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
+	a.watchdog = time.Duration(microseconds) * time.Microsecond
 	for _, k := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} {
 		os.Unsetenv(k) // not for the programs that we run
 	}
@@ -268,7 +271,7 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 	}
 	a.services.Store(&[]*Service{})
 	a.configOK.Store(true)
-	var c *config
+	var c *config // with -U it is not here yet
 	var err error
 	if o.upstream == "" {
 		if c, err = loadConfig(o, os.ReadFile); err != nil {
@@ -319,72 +322,56 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 	}
 	defer wg.Wait()
 	defer quit() // an error below ends what is started by then
-	services := []*Service{}
-	if o.upstream != "" {
-		own := newService(a.ownSpec(), o.stateDir, o.interval)
-		own.signers = own.rec.Signers
-		own.gate = func(read func(string) ([]byte, error)) error {
-			_, err := loadConfig(o, read)
-			return err
-		}
-		services = append(services, own)
-		if c, err = a.bootstrap(ctx, own); err != nil {
-			return err
-		}
+	services, c, err := a.assemble(ctx, c)
+	if err != nil {
+		return err
 	}
-	if slices.ContainsFunc(c.services, func(s spec) bool { return s.signers != "" }) {
-		if err := signersUsable(ctx); err != nil {
-			return err
-		}
-	}
-	for _, sp := range c.services {
-		services = append(services, newService(sp, o.stateDir, o.interval))
-	}
-	if o.upstream != "" {
-		// Remembered, for with -P the next start looks at upstream before there is a config.
-		services[0].signers, services[0].rec.Signers = c.signers, c.signers
-		if err := services[0].save(); err != nil {
-			return err
-		}
-	}
+	return a.live(ctx, c, services, sshListener, stdout)
+}
+
+// live mounts what is checked out, says that we are ready, and lets the services live until ctx is done or the config changes.
+func (a *agent) live(ctx context.Context, c *config, services []*Service, sshListener net.Listener, stdout io.Writer) error {
 	startCounters(services)
 	a.services.Store(&services)
 	a.mountFirst(ctx, services)
 	if len(c.services) > 0 {
 		a.retire(services)
 	} else {
-		slog.Warn(fmt.Sprintf("%s: no entry for this machine (%s): nothing is unmounted", o.configPath(), strings.Join(o.names, ", ")))
+		slog.Warn(fmt.Sprintf("%s: no entry for this machine (%s): nothing is unmounted", a.configPath(), strings.Join(a.names, ", ")))
 	}
 	var server *sshServer
+	var err error
 	if sshListener != nil {
-		hostKey, make := o.hostkey, false
+		hostKey, make := a.hostkey, false
 		if hostKey == "" {
-			hostKey, make = filepath.Join(o.stateDir, "ssh_host_ed25519_key"), true
+			hostKey, make = filepath.Join(a.stateDir, "ssh_host_ed25519_key"), true
 		}
-		if server, err = newSSHServer(hostKey, make, c.keys, c.machines, o.names[0], services); err != nil {
+		if server, err = newSSHServer(hostKey, make, c.keys, c.machines, a.names[0], services); err != nil {
 			return err
 		}
 		a.server.Store(server)
 	}
 	version, goVersion := buildInfo()
-	slog.Info(fmt.Sprintf("gitopper %s (%s) manages %d services of %s", version, goVersion, len(services), o.config), "interval", o.interval, "ssh", o.ssh, "metric", o.metric)
+	slog.Info(fmt.Sprintf("gitopper %s (%s) manages %d services of %s", version, goVersion, len(services), a.config), "interval", a.interval, "ssh", a.ssh, "metric", a.metric)
 	notify(a.notify, "READY=1\nSTATUS="+summary(services))
-	if o.once {
+	if a.once {
 		return onePass(ctx, services, stdout)
 	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	loop, end := context.WithCancelCause(ctx)
+	defer end(nil)
 	if server != nil {
 		wg.Go(func() { server.serve(ctx, sshListener) })
 	}
-	loop, end := context.WithCancelCause(ctx)
-	defer end(nil)
 	for _, group := range byUpstream(services) {
-		wg.Go(func() { watchUpstream(loop, group, o.interval) })
+		wg.Go(func() { watchUpstream(loop, group, a.interval) })
 	}
-	wg.Go(func() { watchUnits(loop, services, o.interval) })
+	wg.Go(func() { watchUnits(loop, services, a.interval) })
 	for _, s := range services {
 		wg.Go(func() { s.run(loop) })
 	}
-	wg.Go(func() { a.watch(loop, end, c.text, time.Duration(watchdog)*time.Microsecond, services) })
+	wg.Go(func() { a.watch(loop, end, c.text, services) })
 	<-loop.Done()
 	err = context.Cause(loop)
 	slog.Info(fmt.Sprintf("ending: %v", err))
@@ -393,8 +380,39 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		_ = syscall.Kill(os.Getpid(), syscall.SIGHUP)
 		<-ctx.Done()
 	}
-	wg.Wait()
 	return err
+}
+
+// assemble makes the services of the config: c, or with -U the one in our own checkout, which is then a service as well.
+func (a *agent) assemble(ctx context.Context, c *config) ([]*Service, *config, error) {
+	var services []*Service
+	if a.upstream != "" {
+		own := newService(a.ownSpec(), a.stateDir, a.interval)
+		own.signers = own.rec.Signers
+		own.gate = func(read func(string) ([]byte, error)) error {
+			_, err := loadConfig(a.options, read)
+			return err
+		}
+		services = append(services, own)
+		var err error
+		if c, err = a.bootstrap(ctx, own); err != nil {
+			return nil, nil, err
+		}
+		// Remembered, for with -P the next start looks at upstream before there is a config.
+		own.signers, own.rec.Signers = c.signers, c.signers
+		if err := own.save(); err != nil {
+			return nil, nil, err
+		}
+	}
+	if slices.ContainsFunc(c.services, func(s spec) bool { return s.signers != "" }) {
+		if err := signersUsable(ctx); err != nil {
+			return nil, nil, err
+		}
+	}
+	for _, sp := range c.services {
+		services = append(services, newService(sp, a.stateDir, a.interval))
+	}
+	return services, c, nil
 }
 
 // configRight says whether neither the config nor a key file, on disk or upstream, is newer than what runs because it is wrong.
@@ -610,10 +628,10 @@ next:
 
 // watch feeds systemd's watchdog while all service loops turn, keeps its status line, and notices a changed config: with
 // -r a right one ends us, a wrong one is reported and the running one stays.
-func (a *agent) watch(ctx context.Context, end context.CancelCauseFunc, running []byte, watchdog time.Duration, services []*Service) {
+func (a *agent) watch(ctx context.Context, end context.CancelCauseFunc, running []byte, services []*Service) {
 	period := 2 * time.Second
-	if watchdog > 0 {
-		period = min(period, watchdog/3)
+	if a.watchdog > 0 {
+		period = min(period, a.watchdog/3)
 	}
 	tick := time.NewTicker(period)
 	defer tick.Stop()
@@ -624,7 +642,7 @@ func (a *agent) watch(ctx context.Context, end context.CancelCauseFunc, running 
 			return
 		case <-tick.C:
 		}
-		if watchdog > 0 && len(healthy(services)) == 0 {
+		if a.watchdog > 0 && len(healthy(services)) == 0 {
 			notify(a.notify, "WATCHDOG=1")
 		}
 		if s := summary(services); s != status {
@@ -756,25 +774,16 @@ func (p *parser) errorf(format string, args ...any) {
 
 // take decodes a table's values into the fields of their names. Names are case-insensitive, as they have always been.
 func (p *parser) take(where string, t table, fields map[string]any) {
-	for _, k := range sortedKeys(t) {
+	for _, k := range slices.Sorted(maps.Keys(t)) {
 		dst, ok := fields[strings.ToLower(k)]
 		if !ok {
-			p.errorf("%s: %s: unknown option, expected one of %s", where, k, strings.Join(sortedKeys(fields), ", "))
+			p.errorf("%s: %s: unknown option, expected one of %s", where, k, strings.Join(slices.Sorted(maps.Keys(fields)), ", "))
 			continue
 		}
 		if err := p.md.PrimitiveDecode(t[k], dst); err != nil {
 			p.errorf("%s: %s: must be %s", where, k, kindOf(dst))
 		}
 	}
-}
-
-func sortedKeys[V any](m map[string]V) []string {
-	keys := make([]string, 0, len(m))
-	for k := range m {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	return keys
 }
 
 func kindOf(dst any) string {
@@ -787,6 +796,8 @@ func kindOf(dst any) string {
 		return "a list of strings"
 	case *table:
 		return "a table"
+	case *settleTime:
+		return `a duration of at most 5m, such as "3s"`
 	}
 	return "a list of tables"
 }
@@ -809,9 +820,7 @@ func (p *parser) parse(text string) {
 	def := spec{branch: "main", fallback: true, settle: 3 * time.Second}
 	fields := p.defaults(&def)
 	fields["keys"] = &keys
-	settle := def.settleText(fields)
 	p.take("[global]", global, fields)
-	p.settle("[global]", *settle, &def)
 	p.keys(keys)
 	p.c.signers = def.signers
 	if def.signers != "" && !path.IsAbs(def.signers) {
@@ -824,23 +833,22 @@ func (p *parser) parse(text string) {
 }
 
 func (p *parser) defaults(s *spec) map[string]any {
-	return map[string]any{"upstream": &s.upstream, "branch": &s.branch, "mount": &s.mount, "user": &s.user, "action": &s.action, "fallback": &s.fallback, "signers": &s.signers}
+	return map[string]any{"upstream": &s.upstream, "branch": &s.branch, "mount": &s.mount, "user": &s.user, "action": &s.action, "fallback": &s.fallback, "signers": &s.signers,
+		"settle": (*settleTime)(&s.settle)}
 }
 
-// settleText adds the option settle to fields, as the text that it is before it is a duration.
-func (s *spec) settleText(fields map[string]any) *string {
-	text := s.settle.String()
-	fields["settle"] = &text
-	return &text
-}
+// settleTime is a duration as its option gives it: as text with a unit, and not for long.
+type settleTime time.Duration
 
-func (p *parser) settle(where, text string, s *spec) {
-	d, err := time.ParseDuration(text)
-	if err != nil || d < 0 || d > 5*time.Minute {
-		p.errorf("%s: settle %q: must be a duration of at most 5m, such as \"3s\"", where, text)
-		return
+func (t *settleTime) UnmarshalText(text []byte) error {
+	d, err := time.ParseDuration(string(text))
+	if err == nil && (d < 0 || d > 5*time.Minute) {
+		err = errors.New("too long")
 	}
-	s.settle = d
+	if err == nil {
+		*t = settleTime(d)
+	}
+	return err
 }
 
 func (p *parser) keys(keys []table) {
@@ -885,9 +893,7 @@ func (p *parser) service(i int, t table, def spec) {
 	fields := p.defaults(&s)
 	fields["machine"], fields["service"], fields["package"] = &s.machine, &s.service, &s.pkg
 	fields["dirs"], fields["check"] = &dirs, &check
-	settle := s.settleText(fields)
 	p.take(where, t, fields)
-	p.settle(where, *settle, &s)
 	if check != nil {
 		if s.check = *check; len(s.check) == 0 || s.check[0] == "" {
 			p.errorf("%s: check: must have at least one word", where)
@@ -1027,33 +1033,32 @@ func (p *parser) conflicts() {
 		return s.machine
 	}
 	for i, a := range p.entries {
-		for _, d := range a.dirs { // a mount of another entry is as untouchable as its own
-			for _, b := range p.entries {
-				if machine(a) == machine(b) && a.mount != b.mount && d.local != "" && path.IsAbs(b.mount) && nested(d.local, b.mount) {
-					p.errorf("service %q: local %q: must not be in, around or equal to mount %q of service %q", a.service, d.local, b.mount, b.service)
-				}
-			}
-		}
-		for j, d := range a.dirs {
-			for _, e := range a.dirs[j+1:] {
-				if d.local != "" && e.local != "" && nested(d.local, e.local) {
-					p.errorf("service %q: locals %q and %q: must not be the same or nest", a.service, d.local, e.local)
-				}
-			}
-		}
-		for _, b := range p.entries[i+1:] {
+		for j, b := range p.entries {
 			if machine(a) != machine(b) {
 				continue
 			}
-			if strings.TrimSuffix(a.service, ".service") == strings.TrimSuffix(b.service, ".service") {
-				p.errorf("service %q: twice on machine %q", a.service, a.machine)
-			} else if nested(filepath.Join(a.mount, a.service), filepath.Join(b.mount, b.service)) {
-				p.errorf("services %q and %q: checkouts %s and %s must not be the same or nest", a.service, b.service, filepath.Join(a.mount, a.service), filepath.Join(b.mount, b.service))
+			who := fmt.Sprintf("service %q", a.service)
+			for _, d := range a.dirs { // a mount of another entry is as untouchable as its own
+				if a.mount != b.mount && d.local != "" && path.IsAbs(b.mount) && nested(d.local, b.mount) {
+					p.errorf("%s: local %q: must not be in, around or equal to mount %q of service %q", who, d.local, b.mount, b.service)
+				}
 			}
-			for _, d := range a.dirs {
-				for _, e := range b.dirs {
-					if d.local != "" && e.local != "" && nested(d.local, e.local) {
-						p.errorf("services %q and %q: locals %q and %q: must not be the same or nest", a.service, b.service, d.local, e.local)
+			if j < i {
+				continue // the rest goes for both, and has been said
+			}
+			if j > i {
+				who = fmt.Sprintf("services %q and %q", a.service, b.service)
+				at, bt := filepath.Join(a.mount, a.service), filepath.Join(b.mount, b.service)
+				if strings.TrimSuffix(a.service, ".service") == strings.TrimSuffix(b.service, ".service") {
+					p.errorf("service %q: twice on machine %q", a.service, a.machine)
+				} else if nested(at, bt) {
+					p.errorf("%s: checkouts %s and %s must not be the same or nest", who, at, bt)
+				}
+			}
+			for k, d := range a.dirs {
+				for l, e := range b.dirs {
+					if (j > i || l > k) && d.local != "" && e.local != "" && nested(d.local, e.local) {
+						p.errorf("%s: locals %q and %q: must not be the same or nest", who, d.local, e.local)
 					}
 				}
 			}
@@ -1184,13 +1189,7 @@ func (t *tail) last() string {
 // passed, the group gets the signal end; after SIGKILL nothing is waited for, while one that was only asked to end is
 // waited for as long as it takes. The error holds the program's last words, or names the limit.
 func execute(ctx context.Context, name string, cmd *exec.Cmd, limit time.Duration, end syscall.Signal) ([]byte, error) {
-	return executeThen(ctx, name, cmd, limit, end, func() {})
-}
-
-// executeThen is execute, with a function that is called when the program has been started, or could not be.
-func executeThen(ctx context.Context, name string, cmd *exec.Cmd, limit time.Duration, end syscall.Signal, started func()) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
-		started()
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	var stdout bounded
@@ -1215,7 +1214,6 @@ func executeThen(ctx context.Context, name string, cmd *exec.Cmd, limit time.Dur
 	cmd.WaitDelay = 3 * time.Second
 	start := time.Now()
 	err := cmd.Start()
-	started()
 	if err == nil {
 		done, group := make(chan struct{}), -cmd.Process.Pid
 		timeout := time.NewTimer(limit)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -371,7 +372,7 @@ func privateNamespace() bool {
 
 const checkLimit = time.Minute
 
-// view is what a check child is told through descriptor 3: what to show where, and what to run then.
+// view is what a check child is told on its standard input: what to show where, and what to run then.
 type view struct {
 	Dir      string // an empty directory of ours, on which the child mounts a tmpfs for its own use
 	Checkout string
@@ -400,35 +401,24 @@ func precheck(ctx context.Context, scratch string, v view) error {
 	if err != nil {
 		return err
 	}
-	in, out, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	// The pipe ends, empty, when the command is executed (close-on-exec): what comes through it is our own trouble, not the command's.
+	// The pipe stays empty when the command is executed (close-on-exec): what comes through it is our own trouble, not the command's.
 	trouble, status, err := os.Pipe()
 	if err != nil {
-		out.Close()
 		return err
 	}
 	defer trouble.Close()
-	go func() { _, _ = out.Write(spec); out.Close() }()
 	cmd := exec.Command("/proc/self/exe", checkChild)
-	cmd.Dir, cmd.ExtraFiles = "/", []*os.File{in, status}
+	cmd.Dir, cmd.Stdin, cmd.ExtraFiles = "/", bytes.NewReader(spec), []*os.File{status}
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=/root"}
 	last := &tail{}
 	cmd.Stdout, cmd.Stderr = last, last
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
-	setup := make(chan string, 1)
-	go func() {
-		b, _ := io.ReadAll(io.LimitReader(trouble, 4096))
-		setup <- string(b)
-	}()
-	_, err = executeThen(ctx, "check "+v.Argv[0], cmd, checkLimit, syscall.SIGKILL, func() { status.Close() })
+	_, err = execute(ctx, "check "+v.Argv[0], cmd, checkLimit, syscall.SIGKILL)
+	status.Close()
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
-	if msg := <-setup; msg != "" {
+	if msg, _ := io.ReadAll(io.LimitReader(trouble, 4096)); len(msg) > 0 {
 		return fmt.Errorf("check: %s", msg)
 	}
 	return &refusal{Reason: "check", err: err}
@@ -440,9 +430,15 @@ const checkChild = "check-child"
 // runCheckChild is the child's side of precheck: PID 1 of its namespace, it builds the view and becomes the command.
 func runCheckChild() error {
 	syscall.CloseOnExec(3)
-	syscall.CloseOnExec(4)
 	var v view
-	if err := json.NewDecoder(os.NewFile(3, "view")).Decode(&v); err != nil {
+	if err := json.NewDecoder(os.Stdin).Decode(&v); err != nil {
+		return err
+	}
+	null, err := syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err == nil {
+		err = syscall.Dup3(null, 0, 0)
+	}
+	if err != nil {
 		return err
 	}
 	// Nothing of ours may reach the host.
