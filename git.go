@@ -1004,32 +1004,26 @@ func (r *repo) put(root *os.Root, c change, commit string) error {
 	if err := exchange(root, staged, top); err != nil {
 		return err
 	}
-	if live.IsDir() && !r.hasUntracked(root, staged, top) || !live.IsDir() && c.status != 'D' {
+	if r.allTracked(root, staged, top, live.IsDir()) {
 		return root.RemoveAll(staged)
-	}
-	if !live.IsDir() {
-		if out, err := r.local(context.Background(), "ls-files", "-z", "--", top); err == nil && len(out) > 0 {
-			return root.RemoveAll(staged) // was the older commit's own file
-		}
 	}
 	return root.Rename(staged, before)
 }
 
-// hasUntracked says whether the directory at staged, which was live at top a moment ago, holds a file not in the index.
-func (r *repo) hasUntracked(root *os.Root, staged, top string) bool {
+// allTracked says whether all that lies at staged, which was live at top a moment ago, is in the index. A file where the
+// index has a directory is what a publish that was cut short put there.
+func (r *repo) allTracked(root *os.Root, staged, top string, isDir bool) bool {
 	out, err := r.local(context.Background(), "ls-files", "-z", "--", top)
-	if err != nil {
-		return true
+	if err != nil || !isDir {
+		return len(out) > 0
 	}
 	tracked := strings.Split(string(out), "\x00")
-	found := false
-	err = fs.WalkDir(root.FS(), staged, func(p string, d fs.DirEntry, err error) error {
+	return nil == fs.WalkDir(root.FS(), staged, func(p string, d fs.DirEntry, err error) error {
 		if err == nil && !d.IsDir() && !slices.Contains(tracked, top+strings.TrimPrefix(p, staged)) {
-			found = true
+			err = fs.ErrExist
 		}
 		return err
 	})
-	return found || err != nil
 }
 
 func freeName(root *os.Root, name string) string {

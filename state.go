@@ -30,9 +30,9 @@ const (
 	stateDiff                  // the checkout can't be made what it should be
 )
 
-func (s state) String() string {
-	return [...]string{"OK", "FREEZE", "ROLLBACK", "BROKEN", "DIFF"}[s]
-}
+var stateNames = []string{"OK", "FREEZE", "ROLLBACK", "BROKEN", "DIFF"}
+
+func (s state) String() string { return stateNames[s] }
 
 // Status is what others may know of a service: an immutable snapshot.
 type Status struct {
@@ -303,7 +303,7 @@ func (s *Service) state() (state, string) {
 	case s.rolling, s.partial && s.rec.Pin != nil && strings.HasPrefix(pinned, "ROLLBACK"):
 		return stateRollback, pinned
 	case !s.passed && s.rec.State != "":
-		if i := slices.Index([]string{"OK", "FREEZE", "ROLLBACK", "BROKEN", "DIFF"}, s.rec.State); i >= 0 {
+		if i := slices.Index(stateNames, s.rec.State); i >= 0 {
 			return state(i), s.rec.Info
 		}
 	case !s.passed && s.rec.State == "" && s.rec.Pin == nil:
@@ -601,19 +601,14 @@ func (s *Service) prepareCheckout(ctx context.Context) error {
 // another owner, those are given back, for the usual harm is an administrator's git run as root.
 func (s *Service) repair(ctx context.Context) error {
 	err := s.repo.probe(ctx)
+	if err != nil && !errors.Is(err, errIndex) && ctx.Err() == nil {
+		if err := s.repo.chown(".git"); err != nil {
+			return err
+		}
+		err = s.repo.probe(ctx)
+	}
 	if err == nil || ctx.Err() != nil {
 		return err
-	}
-	if errors.Is(err, errIndex) {
-		s.snap = nil
-		return s.repo.rebuildIndex(ctx)
-	}
-	if err := s.repo.chown(".git"); err != nil {
-		return err
-	}
-	err = s.repo.probe(ctx)
-	if err == nil {
-		return nil
 	}
 	if errors.Is(err, errIndex) {
 		s.snap = nil
@@ -752,54 +747,57 @@ func (s *Service) judgeTip(ctx context.Context) (string, error) {
 		}
 		r.Tip, s.fetched = tip, true
 	}
-	return tip, s.judgeCommit(ctx, tip, r.Newest, true)
-}
-
-// judgeCommit looks at a commit before anything of it goes live: its links, its signature (descending from newest, if
-// that is given), and the check on the candidate, which it lays out.
-func (s *Service) judgeCommit(ctx context.Context, commit, newest string, remember bool) error {
-	err := s.examine(ctx, commit, newest, remember)
-	var f *refusal
-	if errors.As(err, &f) && f.Commit == "" && remember {
-		f = s.refuse(commit, s.cand.content, f)
-		if err := s.save(); err != nil {
-			return err
-		}
-		return f
-	}
-	return err
-}
-
-func (s *Service) examine(ctx context.Context, commit, newest string, remember bool) error {
-	r := &s.rec
 	s.cand = candidate{}
-	content, err := s.repo.content(ctx, commit)
-	if err != nil {
-		return err
+	content, err := s.repo.content(ctx, tip)
+	if err == nil {
+		if f := s.refused(content, ""); f != nil && !s.secondTry(f) {
+			f.Commit = tip // so that the next round needs no git to know it
+			return "", f
+		}
+		err = s.judgeCommit(ctx, tip, content, r.Newest)
 	}
-	if f := s.refused(content, ""); f != nil && remember && !s.secondTry(f) {
-		f.Commit = commit // so that the next round needs no git to know it
-		return f
+	if f := (*refusal)(nil); errors.As(err, &f) {
+		err = s.refuse(tip, content, f)
+		if serr := s.save(); serr != nil {
+			return "", serr
+		}
 	}
-	if s.signers != "" && commit != r.Live {
+	return tip, err
+}
+
+// judgeCommit looks at a commit before anything of it goes live: its signature (descending from newest, if that is given),
+// and what our own config's gate and the check say of the candidate, which it lays out.
+func (s *Service) judgeCommit(ctx context.Context, commit, content, newest string) error {
+	s.cand = candidate{}
+	if s.signers != "" && commit != s.rec.Live {
 		s.step("verify signature")
 		if err := s.repo.verify(ctx, commit, s.signers, newest); err != nil {
 			return err
 		}
 	}
-	if content == r.Content {
+	if content == s.rec.Content {
 		return nil
 	}
-	return s.layOut(ctx, commit, content, len(s.check) > 0 || s.gate != nil)
+	if err := s.layOut(ctx, commit, content); err != nil {
+		return err
+	}
+	if s.gate != nil {
+		if err := s.gate(s.readCandidate); err != nil {
+			return &refusal{Reason: "config", err: fmt.Errorf("commit %.8s: %w", commit, err)}
+		}
+	}
+	if len(s.check) == 0 {
+		return nil
+	}
+	s.step("check")
+	return s.precheck(ctx, commit)
 }
 
-// layOut fetches what is missing of commit's files and lays out those that differ from the live ones; with judged, the
-// candidate must then please the check and our own config's gate.
-func (s *Service) layOut(ctx context.Context, commit, content string, judged bool) error {
+// layOut fetches what is missing of commit's files and lays out those that differ from the live ones.
+func (s *Service) layOut(ctx context.Context, commit, content string) error {
 	if err := s.repo.prefetch(ctx, commit, commit == s.rec.Tip); err != nil {
 		return err
 	}
-	s.cand = candidate{content: content}
 	changes, err := s.repo.diff(ctx, commit)
 	if err != nil {
 		return err
@@ -813,20 +811,8 @@ func (s *Service) layOut(ctx context.Context, commit, content string, judged boo
 	}
 	s.cand = candidate{commit: commit, content: content, changes: changes}
 	if err := s.repo.stage(ctx, changes); err != nil {
-		s.cand.commit = ""
+		s.cand = candidate{}
 		return err
-	}
-	if !judged {
-		return nil
-	}
-	if s.gate != nil {
-		if err := s.gate(s.readCandidate); err != nil {
-			return &refusal{Reason: "config", err: fmt.Errorf("commit %.8s: %w", commit, err)}
-		}
-	}
-	if len(s.check) > 0 {
-		s.step("check")
-		return s.precheck(ctx, commit)
 	}
 	return nil
 }
@@ -946,7 +932,7 @@ func (s *Service) files(ctx context.Context, commit string) error {
 		if err != nil {
 			return err
 		}
-		if err := s.layOut(ctx, commit, content, false); err != nil {
+		if err := s.layOut(ctx, commit, content); err != nil {
 			return err
 		}
 	}
@@ -1360,9 +1346,9 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 	content, err := s.repo.content(ctx, commit)
 	if err == nil && content != s.rec.Content {
 		if ran {
-			err = s.layOut(ctx, commit, content, false)
+			err = s.layOut(ctx, commit, content)
 		} else {
-			err = s.judgeCommit(ctx, commit, "", false)
+			err = s.judgeCommit(ctx, commit, content, "")
 		}
 	}
 	var f *refusal
