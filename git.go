@@ -1135,7 +1135,7 @@ func (r *repo) patch(ctx context.Context, commit string, paths []string, w io.Wr
 		paths = r.links() // more would not fit a command line
 	}
 	cmd := gitCommand(r.acct, r.dir, false, append([]string{"diff", "--binary", "--no-ext-diff", "--no-textconv", "--no-renames", commit, "--"}, paths...)...)
-	cmd.Stdout = w
+	cmd.Stdout = &bounded{to: w} // or a service's user could fill root's disk
 	_, err := runGit(ctx, "diff", cmd, localLimit)
 	return err
 }

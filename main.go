@@ -1192,10 +1192,10 @@ func execute(ctx context.Context, name string, cmd *exec.Cmd, limit time.Duratio
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	var stdout bounded
+	var stdout bytes.Buffer
 	words := &tail{}
 	if cmd.Stdout == nil {
-		cmd.Stdout = &stdout
+		cmd.Stdout = &bounded{to: &stdout}
 	} else if t, ok := cmd.Stdout.(*tail); ok {
 		words = t
 	}
@@ -1237,9 +1237,9 @@ func execute(ctx context.Context, name string, cmd *exec.Cmd, limit time.Duratio
 		if errors.Is(err, exec.ErrWaitDelay) && cmd.ProcessState.Success() {
 			err = nil
 		}
-		switch {
+		switch b, _ := cmd.Stdout.(*bounded); {
 		case err == nil:
-		case stdout.over:
+		case b != nil && b.n > maxOutput:
 			err = errTooMuch // else it would be the broken pipe that this meant for the program
 		case late.Load():
 			err = fmt.Errorf("took longer than %v and was ended", limit)
@@ -1262,20 +1262,22 @@ func execute(ctx context.Context, name string, cmd *exec.Cmd, limit time.Duratio
 		args = append(args[:1:1], args[3:]...)
 	}
 	slog.Debug(fmt.Sprintf("run %q", args), "dir", cmd.Dir, "uid", user, "took", time.Since(start).Round(time.Millisecond), "error", err)
-	return stdout.buf.Bytes(), err
+	return stdout.Bytes(), err
 }
 
-// bounded keeps what is written to it, as long as that is not absurdly much.
+// bounded passes on what is written to it, as long as that is not absurdly much.
 type bounded struct {
-	buf  bytes.Buffer // not embedded: its ReadFrom would know no bound
-	over bool
+	to io.Writer
+	n  int
 }
+
+const maxOutput = 64 << 20
 
 var errTooMuch = errors.New("more than 64 MiB of output")
 
 func (b *bounded) Write(p []byte) (int, error) {
-	if b.over = b.buf.Len()+len(p) > 64<<20; b.over {
+	if b.n += len(p); b.n > maxOutput {
 		return 0, errTooMuch
 	}
-	return b.buf.Write(p)
+	return b.to.Write(p)
 }

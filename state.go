@@ -1036,7 +1036,7 @@ func (s *Service) keepPatch(ctx context.Context, commit string, files []string) 
 	err = s.repo.patch(ctx, commit, files, f)
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		os.Remove(name)
-		return fmt.Errorf("keep local edits: %w", err)
+		return fmt.Errorf("keep local edits of %.200s: %w: revert them by hand, or move them away", strings.Join(files, " "), err)
 	}
 	old, err := filepath.Glob(filepath.Join(dir, "*.patch"))
 	for ; err == nil && len(old) > 20; old = old[1:] {

@@ -453,6 +453,30 @@ func TestLocalEdits(t *testing.T) {
 	}
 }
 
+// TestHugeEditStays: what can't be kept is not undone.
+func TestHugeEditStays(t *testing.T) {
+	w := newWorld(t)
+	w.reconcile()
+	w.calls()
+	noise := make([]byte, 70<<20)
+	rand.New(rand.NewSource(1)).Read(noise)
+	w.write("local/etc/app.conf", string(noise))
+	w.commit("etc/sub/deep", "deeper\n")
+	w.reconcile()
+	if st := w.s.Status(); st.State != "DIFF" || !strings.Contains(st.Info, "keep local edits of etc/app.conf: git diff: more than 64 MiB of output: revert") {
+		t.Errorf("%s %s", st.State, st.Info)
+	}
+	if got := w.read("local/etc/app.conf"); got != string(noise) {
+		t.Error("the edit is gone")
+	}
+	if left, _ := filepath.Glob(w.dir + "/state/patches/svc.service/*"); len(left) > 0 {
+		t.Errorf("half a patch: %v", left)
+	}
+	w.write("local/etc/app.conf", "one\n")
+	w.reconcile()
+	w.want("OK", "", "one\n", "reload")
+}
+
 // TestRandomHistory compares the checkout with an ordinary one after commits that change everything into everything.
 func TestRandomHistory(t *testing.T) {
 	w := newWorld(t)
