@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha1"
@@ -12,6 +11,7 @@ import (
 	"hash"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"os/exec"
 	"os/user"
@@ -59,26 +59,22 @@ func lookupAccount(ctx context.Context, name string) (account, error) {
 		}
 		return account{uid: os.Getuid(), gid: os.Getgid(), home: home}, nil
 	}
-	a, groups := account{}, []string(nil)
-	if u, err := user.Lookup(name); err == nil {
-		a.home = u.HomeDir
-		a.uid, _ = strconv.Atoi(u.Uid)
-		a.gid, _ = strconv.Atoi(u.Gid)
-		groups, _ = u.GroupIds()
-	} else {
-		out, gerr := execute(ctx, "getent passwd "+name, exec.Command("getent", "passwd", name), localLimit, syscall.SIGKILL)
+	u, err := user.Lookup(name)
+	if err != nil {
+		out, err := execute(ctx, "getent passwd "+name, exec.Command("getent", "passwd", name), localLimit, syscall.SIGKILL)
 		f := strings.Split(strings.TrimSpace(string(out)), ":") // prometheus:x:109:117::/var/lib/prometheus:/usr/sbin/nologin
-		if gerr != nil || len(f) < 7 {
-			return a, fmt.Errorf("user %q does not exist: create it, or name the package that brings it", name)
+		if err != nil || len(f) < 7 {
+			return account{}, fmt.Errorf("user %q does not exist: create it, or name the package that brings it", name)
 		}
-		a.home = f[5]
-		var err1, err2 error
-		a.uid, err1 = strconv.Atoi(f[2])
-		a.gid, err2 = strconv.Atoi(f[3])
-		if err := errors.Join(err1, err2); err != nil {
-			return a, fmt.Errorf("user %q: getent passwd: %w", name, err)
-		}
+		u = &user.User{Username: f[0], Uid: f[2], Gid: f[3], HomeDir: f[5]}
 	}
+	uid, err1 := strconv.Atoi(u.Uid)
+	gid, err2 := strconv.Atoi(u.Gid)
+	if err := errors.Join(err1, err2); err != nil {
+		return account{}, fmt.Errorf("user %q: %w", name, err)
+	}
+	a := account{uid: uid, gid: gid, home: u.HomeDir}
+	groups, _ := u.GroupIds()
 	for _, g := range groups {
 		if n, err := strconv.ParseUint(g, 10, 32); err == nil {
 			a.groups = append(a.groups, uint32(n))
@@ -132,14 +128,15 @@ func gitCommand(a account, dir string, network bool, args ...string) *exec.Cmd {
 func runGit(ctx context.Context, verb string, cmd *exec.Cmd, limit time.Duration) ([]byte, error) {
 	count.add("gitopper_machine_git_ops_total", "")
 	out, err := execute(ctx, "git "+verb, cmd, limit, syscall.SIGKILL)
-	if err != nil && ctx.Err() == nil {
+	// Status 1 is an answer: files differ, no ancestor, no such commit.
+	if exit := (*exec.ExitError)(nil); err != nil && ctx.Err() == nil && !(errors.As(err, &exit) && exit.ExitCode() == 1) {
 		count.add("gitopper_machine_git_errors_total", "")
 	}
 	return out, err
 }
 
-// gitVersion returns the version of the git program, and an error if it is older than 2.30 (or 2.34, the first that
-// verifies SSH signatures, if signers are in use).
+// gitVersion returns an error if there is no git program, or one older than 2.30 (or 2.34, the first that verifies SSH
+// signatures, if signers are in use).
 func gitVersion(ctx context.Context, signers bool) error {
 	out, err := runGit(ctx, "--version", gitCommand(account{uid: os.Getuid()}, "", false, "--version"), localLimit)
 	if err != nil {
@@ -165,8 +162,11 @@ func lookUpstream(ctx context.Context, a account, upstream string, branches []st
 	for _, b := range branches {
 		args = append(args, "refs/heads/"+b)
 	}
-	out, err := runGit(ctx, "ls-remote", gitCommand(a, "", true, args...), lookLimit)
+	out, err := runGit(ctx, "ls-remote "+redact(upstream), gitCommand(a, "", true, args...), lookLimit)
 	if err != nil {
+		if strings.Contains(err.Error(), "dubious ownership") {
+			err = fmt.Errorf("%w: give the repository to the user that git runs as, for no git configuration is read here", err)
+		}
 		return nil, err
 	}
 	tips := map[string]string{}
@@ -215,7 +215,11 @@ func digest(parts ...string) string {
 func (r *repo) run(ctx context.Context, limit time.Duration, network bool, stdin []byte, args ...string) ([]byte, error) {
 	cmd := gitCommand(r.acct, r.dir, network, args...)
 	cmd.Stdin = bytes.NewReader(stdin)
-	return runGit(ctx, args[0], cmd, limit)
+	verb := args[0]
+	if network {
+		verb = "fetch " + redact(r.upstream)
+	}
+	return runGit(ctx, verb, cmd, limit)
 }
 
 // local runs a git in the checkout that needs no network and gets none.
@@ -367,7 +371,7 @@ func (r *repo) clone(ctx context.Context, keep string) error {
 	tmp := r.dir + "/" + cloneDir
 	cmd := gitCommand(r.acct, "", true, "clone", "-q", "--no-local", "--branch", r.branch, "--filter=blob:none", "--no-checkout", "--single-branch", "--no-tags",
 		"--template=", "--origin", "origin", "--", r.upstream, tmp)
-	if _, err := runGit(ctx, "clone", cmd, cloneLimit); err != nil {
+	if _, err := runGit(ctx, "clone "+redact(r.upstream), cmd, cloneLimit); err != nil {
 		root.RemoveAll(cloneDir)
 		return err
 	}
@@ -461,20 +465,15 @@ func (r *repo) writeFile(root *os.Root, name string, data []byte) error {
 	}
 	tmp := name + ".gitopper"
 	root.Remove(tmp)
-	if err := r.create(root, tmp, 0o644, bytes.NewReader(data)); err != nil {
-		return err
-	}
-	return root.Rename(tmp, name)
-}
-
-func (r *repo) create(root *os.Root, name string, perm fs.FileMode, content io.Reader) error {
-	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, perm)
+	f, err := root.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(f, content)
-	// Synced before the rename, or a power cut leaves an empty file under the name (XFS, ext4 without auto_da_alloc).
-	return errors.Join(err, f.Chmod(perm), f.Chown(r.acct.uid, r.acct.gid), f.Sync(), f.Close())
+	_, err = f.Write(data)
+	if err := errors.Join(err, f.Chown(r.acct.uid, r.acct.gid), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return root.Rename(tmp, name)
 }
 
 // adopt brings an existing clone to the configured upstream, branch and paths. Paths of before stay on disk until tidy,
@@ -520,17 +519,9 @@ func (r *repo) tidy(ctx context.Context) error {
 	return err
 }
 
-// rebuildIndex makes the index anew from HEAD; no file is touched.
+// rebuildIndex makes the index anew from HEAD, whatever the old one is (read-tree without -m does not read it); no file is touched.
 func (r *repo) rebuildIndex(ctx context.Context) error {
-	root, err := r.open()
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	if err := root.Remove(".git/index"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	_, err = r.local(ctx, "read-tree", "HEAD")
+	_, err := r.local(ctx, "read-tree", "HEAD")
 	return err
 }
 
@@ -568,18 +559,20 @@ func (r *repo) clean() error {
 	})
 }
 
-// probe finds damage, without network: errIndex if a new index is all it takes, errDamaged if only a new clone helps.
+// probe finds damage, without network: errIndex if a new index is all it takes, another error if only a new clone helps.
 // Git's exit status does not tell a damaged clone from an upstream that is away (128 for both), so this is asked instead.
 func (r *repo) probe(ctx context.Context) error {
-	if _, err := r.resolve(ctx, "HEAD"); err != nil {
-		return errors.Join(errDamaged, err)
+	_, err := r.resolve(ctx, "HEAD")
+	for _, args := range [][]string{
+		append([]string{"rev-list", "--objects", "--no-walk", "--quiet", "--missing=allow-promisor", "HEAD", "--"}, r.links()...),
+		{"config", "--local", "--get", "remote.origin.url"},
+	} {
+		if err == nil {
+			_, err = r.local(ctx, args...)
+		}
 	}
-	args := append([]string{"rev-list", "--objects", "--no-walk", "--quiet", "--missing=allow-promisor", "HEAD", "--"}, r.links()...)
-	if _, err := r.local(ctx, args...); err != nil {
-		return errors.Join(errDamaged, err)
-	}
-	if _, err := r.local(ctx, "config", "--local", "--get", "remote.origin.url"); err != nil {
-		return errors.Join(errDamaged, err)
+	if err != nil {
+		return err
 	}
 	if _, err := r.local(ctx, "diff-index", "--cached", "--quiet", "HEAD"); err != nil {
 		return errIndex
@@ -587,10 +580,7 @@ func (r *repo) probe(ctx context.Context) error {
 	return nil
 }
 
-var (
-	errIndex   = errors.New("index does not match HEAD")
-	errDamaged = errors.New("checkout is damaged")
-)
+var errIndex = errors.New("index does not match HEAD")
 
 // fetch brings the branch's history up to date and returns its newest commit. File contents come with prefetch.
 func (r *repo) fetch(ctx context.Context) (string, error) {
@@ -661,7 +651,7 @@ func (r *repo) content(ctx context.Context, commit string) (string, error) {
 			want = "100"
 		}
 		if !strings.HasPrefix(k, want) {
-			return "", &refusal{Reason: "link", Content: digest("link", fmt.Sprint(kind), fmt.Sprint(r.dirs)), err: fmt.Errorf("commit %.8s: %s", commit, describeLink(kind, d))}
+			return "", &refusal{Reason: "link", Content: digest("link", fmt.Sprint(kind), fmt.Sprint(r.dirs)), Info: fmt.Sprintf("commit %.8s: %s", commit, describeLink(kind, d))}
 		}
 		parts = append(parts, d.link+"\x00"+id[d.link])
 	}
@@ -674,7 +664,7 @@ func describeLink(kind map[string]string, d dir) string {
 	for p := d.link; p != "."; p = path.Dir(p) {
 		switch kind[p] {
 		case "120000":
-			return fmt.Sprintf("link %q: %s is a symbolic link", d.link, p)
+			return fmt.Sprintf("link %q: %s is a symbolic link: link what it points to", d.link, p)
 		case "160000":
 			return fmt.Sprintf("link %q: %s is a submodule", d.link, p)
 		}
@@ -730,7 +720,7 @@ func (r *repo) diff(ctx context.Context, commit string) ([]change, error) {
 			if m[4] == "A" { // of our index, not of the commit
 				return nil, errors.Join(errIndex, err)
 			}
-			return nil, &refusal{Reason: "link", err: err}
+			return nil, &refusal{Reason: "link", Info: err.Error()}
 		}
 		changes = append(changes, change{path: f[i+1], mode: m[0], oid: m[2], status: m[4][0]})
 	}
@@ -760,14 +750,12 @@ func (r *repo) leftovers(ctx context.Context, half, commit string, known []chang
 		return nil, err
 	}
 	defer root.Close()
-	seen := map[string]bool{}
-	for _, c := range known {
-		seen[c.path] = true
-	}
+	seen := paths(known)
 	f := strings.Split(strings.TrimSuffix(string(out), "\x00"), "\x00")
 	for i := 0; i+1 < len(f); i += 2 {
 		m := strings.Fields(strings.TrimPrefix(f[i], ":"))
-		if c := (change{path: f[i+1], status: 'A'}); len(m) == 5 && validPath(c.path) && !seen[c.path] {
+		c := change{path: f[i+1], status: 'A'}
+		if _, found := slices.BinarySearch(seen, c.path); len(m) == 5 && validPath(c.path) && !found {
 			if c.mode, c.oid = m[0], m[2]; r.same(root, c) {
 				left = append(left, c)
 			}
@@ -776,112 +764,48 @@ func (r *repo) leftovers(ctx context.Context, half, commit string, known []chang
 	return left, nil
 }
 
-// stage lays the new files of changes out below stageDir, complete, synced, with mode and owner.
-func (r *repo) stage(ctx context.Context, changes []change) error {
+// stage lays the new files of changes out below stageDir, complete, synced, with mode and owner. Git does it, as the
+// checkout's owner and from an index of its own, so that a tree which it does not take is refused here, before any file goes live.
+func (r *repo) stage(ctx context.Context, commit string, changes []change) error {
 	root, err := r.open()
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	if err := root.RemoveAll(workDir); err != nil {
+	if err := errors.Join(root.RemoveAll(workDir), root.Mkdir(workDir, 0o755), root.Lchown(workDir, r.acct.uid, r.acct.gid)); err != nil {
 		return err
 	}
-	if err := r.mkdirs(root, stageDir); err != nil {
-		return err
-	}
-	var put []change
-	var oids bytes.Buffer
+	var names bytes.Buffer
 	for _, c := range changes {
-		switch {
-		case c.status == 'A':
-		case c.mode == "160000": // a submodule below a directory link: an empty directory, as git itself does
-			if err := r.mkdirs(root, stageDir+"/"+c.path); err != nil {
-				return err
-			}
-		default:
-			put = append(put, c)
-			fmt.Fprintln(&oids, c.oid)
+		if c.status != 'A' {
+			names.WriteString(c.path + "\x00")
 		}
 	}
-	if len(put) == 0 {
+	if names.Len() == 0 {
 		return nil
 	}
-	cmd := gitCommand(r.acct, r.dir, false, "cat-file", "--batch")
-	cmd.Stdin = &oids
-	pr, pw := io.Pipe()
-	cmd.Stdout = pw
-	written := make(chan error, 1)
-	go func() {
-		err := r.unpack(root, bufio.NewReader(pr), put)
-		pr.CloseWithError(err)
-		written <- err
-	}()
-	_, err = runGit(ctx, "cat-file", cmd, localLimit)
-	pw.Close()
-	if werr := <-written; werr != nil && ctx.Err() == nil {
-		return fmt.Errorf("lay out commit's files: %w", errors.Join(werr, err))
+	for _, args := range [][]string{{"read-tree", commit}, {"checkout-index", "-z", "--stdin", "--prefix=" + stageDir + "/"}} {
+		cmd := gitCommand(r.acct, r.dir, false, args...)
+		cmd.Env = append(cmd.Env, "GIT_INDEX_FILE="+r.dir+"/"+workDir+"/index")
+		cmd.Stdin = bytes.NewReader(names.Bytes())
+		if _, err := runGit(ctx, args[0], cmd, localLimit); err != nil {
+			return fmt.Errorf("lay out commit's files: %w", err)
+		}
 	}
-	return err
-}
-
-// unpack writes the files that git cat-file --batch sends, each as "OID blob SIZE\nCONTENT\n".
-func (r *repo) unpack(root *os.Root, in *bufio.Reader, put []change) error {
-	for _, c := range put {
-		head, err := in.ReadString('\n')
-		if err != nil {
-			return fmt.Errorf("%s: %w", c.path, err)
+	for _, c := range changes {
+		if c.status == 'A' || !strings.HasPrefix(c.mode, "100") {
+			continue
 		}
-		f := strings.Fields(head)
-		if len(f) != 3 || f[0] != c.oid || f[1] != "blob" {
-			return fmt.Errorf("%s: git cat-file says %q", c.path, strings.TrimSpace(head))
-		}
-		size, err := strconv.ParseInt(f[2], 10, 64)
-		if err != nil {
-			return fmt.Errorf("%s: git cat-file says %q", c.path, head)
-		}
-		name, content := stageDir+"/"+c.path, &io.LimitedReader{R: in, N: size}
-		if err := r.mkdirs(root, path.Dir(name)); err != nil {
-			return err
-		}
-		switch c.mode {
-		case "120000":
-			if size > 4095 { // PATH_MAX
-				return fmt.Errorf("%s: a symbolic link of %d bytes", c.path, size)
-			}
-			target, rerr := io.ReadAll(content)
-			err = errors.Join(rerr, root.Symlink(string(target), name), root.Lchown(name, r.acct.uid, r.acct.gid))
-		case "100755":
-			err = r.create(root, name, 0o755, content)
-		default:
-			err = r.create(root, name, 0o644, content)
-		}
-		if err == nil && content.N > 0 {
-			err = io.ErrUnexpectedEOF
-		}
+		// Synced before the rename, or a power cut leaves an empty file under the name (XFS, ext4 without auto_da_alloc).
+		f, err := openRegular(root, stageDir+"/"+c.path)
 		if err == nil {
-			_, err = in.Discard(1)
+			err = errors.Join(f.Sync(), f.Close())
 		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", c.path, err)
+			return fmt.Errorf("lay out commit's files: %w", err)
 		}
 	}
 	return nil
-}
-
-// mkdirs makes the missing directories of name, each given to the checkout's owner.
-func (r *repo) mkdirs(root *os.Root, name string) error {
-	if fi, err := root.Lstat(name); err == nil && fi.IsDir() {
-		return nil
-	}
-	if up := path.Dir(name); up != "." {
-		if err := r.mkdirs(root, up); err != nil {
-			return err
-		}
-	}
-	if err := root.Mkdir(name, 0o755); err != nil {
-		return err
-	}
-	return errors.Join(root.Chmod(name, 0o755), root.Lchown(name, r.acct.uid, r.acct.gid))
 }
 
 // publish makes the staged changes live and moves HEAD and the index to commit. Each path switches by one rename(2): who
@@ -996,6 +920,7 @@ func (r *repo) put(root *os.Root, c change, commit string) error {
 			if err := root.Link(top, before); err != nil {
 				return err
 			}
+			r.tellKept(top, before)
 		}
 		return root.Rename(staged, top)
 	case top == c.path && c.mode == "160000":
@@ -1007,7 +932,12 @@ func (r *repo) put(root *os.Root, c change, commit string) error {
 	if r.allTracked(root, staged, top, live.IsDir()) {
 		return root.RemoveAll(staged)
 	}
+	r.tellKept(top, before)
 	return root.Rename(staged, before)
+}
+
+func (r *repo) tellKept(name, as string) {
+	slog.Warn(fmt.Sprintf("%s: %s was in the way of a commit, kept as %s", r.dir, name, as))
 }
 
 // allTracked says whether all that lies at staged, which was live at top a moment ago, is in the index. A file where the
@@ -1145,7 +1075,7 @@ func (r *repo) patch(ctx context.Context, commit string, paths []string, w io.Wr
 func (r *repo) find(ctx context.Context, hash string) (commit string, ran bool, err error) {
 	commit, err = r.resolve(ctx, hash)
 	if err != nil {
-		return "", false, fmt.Errorf("no commit %s in the checkout: %w", hash, err)
+		return "", false, fmt.Errorf("%s names no commit in the checkout, or more than one: give more digits: %w", hash, err)
 	}
 	if !strings.HasPrefix(commit, hash) {
 		return "", false, fmt.Errorf("%s is the name of a branch or tag: give the commit's own hash", hash)
@@ -1164,17 +1094,11 @@ func (r *repo) find(ctx context.Context, hash string) (commit string, ran bool, 
 // program to be verified with, or a key in somebody's keyring would do.
 func (r *repo) verify(ctx context.Context, commit, signers, newest string) error {
 	if newest != "" {
-		_, err := r.local(ctx, "merge-base", "--is-ancestor", newest, commit)
-		var exit *exec.ExitError
-		if errors.As(err, &exit) && exit.ExitCode() == 1 {
-			return &refusal{Reason: "signers", err: fmt.Errorf("commit %.8s does not descend from %.8s, which ran here: push a signed commit on top of that", commit, newest)}
-		}
-		if err != nil && ctx.Err() != nil {
+		// Any failure refuses: where newest is unknown in this clone (made anew after a forced push) descent can't be shown.
+		if _, err := r.local(ctx, "merge-base", "--is-ancestor", newest, commit); ctx.Err() != nil {
 			return err
-		}
-		// Any other failure means that newest is unknown in this clone (made anew after a forced push): descent can't be shown.
-		if err != nil {
-			return &refusal{Reason: "signers", err: fmt.Errorf("commit %.8s: can't show that it descends from %.8s, which ran here: %w", commit, newest, err)}
+		} else if err != nil {
+			return &refusal{Reason: "signers", Info: fmt.Sprintf("commit %.8s does not descend from %.8s, which ran here: push a signed commit on top of that (%v)", commit, newest, err)}
 		}
 	}
 	if _, err := os.Stat(signers); err != nil {
@@ -1191,7 +1115,11 @@ func (r *repo) verify(ctx context.Context, commit, signers, newest string) error
 		if ctx.Err() != nil {
 			return err
 		}
-		return &refusal{Reason: "signers", err: fmt.Errorf("commit %.8s is not signed by one of %s: %w", commit, signers, err)}
+		why := err.Error()
+		if strings.HasSuffix(why, "exit status 1") {
+			why = "it carries no signature" // on which git has no words
+		}
+		return &refusal{Reason: "signers", Info: fmt.Sprintf("commit %.8s is not signed by one of %s: %s", commit, signers, why)}
 	}
 	return nil
 }

@@ -13,11 +13,13 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"maps"
 	"net"
@@ -87,50 +89,41 @@ type options struct {
 func parseOptions(args []string) (o options, err error) {
 	fl := flag.NewFlagSet("gitopper", flag.ContinueOnError)
 	fl.SetOutput(io.Discard)
-	str := func(p *string, def string, names ...string) {
-		for _, n := range names {
-			fl.StringVar(p, n, def, "")
-		}
-	}
-	yes := func(p *bool, def bool, names ...string) {
-		for _, n := range names {
-			fl.BoolVar(p, n, def, "")
-		}
-	}
 	host, err := os.Hostname()
 	if err != nil {
 		return o, err
 	}
 	o.names = []string{host}
-	for _, n := range []string{"h", "hosts"} {
-		fl.Func(n, "", func(v string) error {
-			for h := range strings.SplitSeq(v, ",") {
-				if h = strings.TrimSpace(h); h != "" && !slices.Contains(o.names, h) {
-					o.names = append(o.names, h)
-				}
+	fl.Func("hosts", "", func(v string) error {
+		for h := range strings.SplitSeq(v, ",") {
+			if h = strings.TrimSpace(h); h != "" && !slices.Contains(o.names, h) {
+				o.names = append(o.names, h)
 			}
-			return nil
-		})
-	}
-	str(&o.config, "", "c", "config")
-	str(&o.ssh, ":2222", "s", "ssh")
-	str(&o.metric, ":9222", "m", "metric")
-	str(&o.hostkey, "", "k", "hostkey")
-	yes(&o.debug, false, "d", "debug")
-	yes(&o.restart, false, "r", "restart")
-	yes(&o.root, true, "o", "root")
-	yes(&o.once, false, "once")
-	fl.DurationVar(&o.interval, "t", 5*time.Minute, "")
+		}
+		return nil
+	})
+	fl.StringVar(&o.config, "config", "", "")
+	fl.StringVar(&o.ssh, "ssh", ":2222", "")
+	fl.StringVar(&o.metric, "metric", ":9222", "")
+	fl.StringVar(&o.hostkey, "hostkey", "", "")
+	fl.BoolVar(&o.debug, "debug", false, "")
+	fl.BoolVar(&o.restart, "restart", false, "")
+	fl.BoolVar(&o.root, "root", true, "")
+	fl.BoolVar(&o.once, "once", false, "")
 	fl.DurationVar(&o.interval, "duration", 5*time.Minute, "")
-	yes(&o.check, false, "check")
-	yes(&o.unit, false, "unit")
-	yes(&o.version, false, "version")
-	yes(&o.help, false, "help")
-	str(&o.upstream, "", "U", "upstream")
-	str(&o.directory, "gitopper", "D", "directory")
-	str(&o.branch, "main", "B", "branch")
-	str(&o.mount, "", "M", "mount")
-	yes(&o.pull, false, "P", "pull")
+	fl.BoolVar(&o.check, "check", false, "")
+	fl.BoolVar(&o.unit, "unit", false, "")
+	fl.BoolVar(&o.version, "version", false, "")
+	fl.BoolVar(&o.help, "help", false, "")
+	fl.StringVar(&o.upstream, "upstream", "", "")
+	fl.StringVar(&o.directory, "directory", "gitopper", "")
+	fl.StringVar(&o.branch, "branch", "main", "")
+	fl.StringVar(&o.mount, "mount", "", "")
+	fl.BoolVar(&o.pull, "pull", false, "")
+	for short, long := range map[string]string{"h": "hosts", "c": "config", "s": "ssh", "m": "metric", "k": "hostkey", "d": "debug", "r": "restart",
+		"o": "root", "t": "duration", "U": "upstream", "D": "directory", "B": "branch", "M": "mount", "P": "pull"} {
+		fl.Var(fl.Lookup(long).Value, short, "")
+	}
 	if err := fl.Parse(args); err != nil {
 		return o, fmt.Errorf("%w: see gitopper --help", err)
 	}
@@ -173,7 +166,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	go func() {
 		for sig := range signals {
-			stop(signalError{sig})
+			stop(ending{sig.String(), map[os.Signal]int{syscall.SIGHUP: 2}[sig]})
 		}
 	}()
 	if base := filepath.Base(args[0]); base == "gitopperctl" {
@@ -187,17 +180,14 @@ func run(args []string, stdout, stderr io.Writer) int {
 	case err != nil:
 	case o.help:
 		_, err = io.WriteString(stdout, usage)
-		return exitStatus(err)
 	case o.version:
 		version, goVersion := buildInfo()
 		_, err = fmt.Fprintf(stdout, "gitopper %s %s\n", version, goVersion)
-		return exitStatus(err)
 	case o.unit:
-		exe, err := os.Executable()
-		if err == nil {
+		var exe string
+		if exe, err = os.Executable(); err == nil {
 			_, err = io.WriteString(stdout, unitFile(exe))
 		}
-		return exitStatus(err)
 	case o.check:
 		c, cerr := loadConfig(o, os.ReadFile)
 		if err = cerr; err == nil && len(c.services) == 0 {
@@ -207,40 +197,30 @@ func run(args []string, stdout, stderr io.Writer) int {
 		setLogger(stderr, o.debug)
 		err = daemon(ctx, o, stdout)
 	}
-	var sig signalError
-	if errors.As(err, &sig) {
-		if sig.Signal == syscall.SIGHUP {
-			return 2
-		}
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx) // whatever the signal made fail
+	}
+	if end, ok := errors.AsType[ending](err); ok {
+		return end.status
+	}
+	if err == nil {
 		return 0
 	}
-	if errors.Is(err, errNewConfig) {
-		return 2
+	for line := range strings.SplitSeq(redact(err.Error()), "\n") {
+		fmt.Fprintf(stderr, "gitopper: %s\n", line)
 	}
-	if err != nil {
-		for line := range strings.SplitSeq(redact(err.Error()), "\n") {
-			fmt.Fprintf(stderr, "gitopper: %s\n", line)
-		}
-	}
-	return exitStatus(err)
+	return 1
 }
 
-func exitStatus(err error) int {
-	if err != nil {
-		return 1
-	}
-	return 0
+// ending is why the daemon ends without an error, and with which status.
+type ending struct {
+	why    string
+	status int
 }
 
-// signalError is the cause of an end by a signal.
-type signalError struct{ os.Signal }
+func (e ending) Error() string { return e.why }
 
-func (s signalError) Error() string { return s.String() }
-
-var (
-	errNewConfig = errors.New("the config has changed")
-	errNotAll    = errors.New("not all services are OK")
-)
+var errNotAll = errors.New("not all services are OK")
 
 // agent is the running program.
 type agent struct {
@@ -279,6 +259,7 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		}
 		if len(c.services) == 0 {
 			slog.Warn(fmt.Sprintf("%s: no entry for this machine (%s): nothing to do", o.config, strings.Join(o.names, ", ")))
+			notify(a.notify, "READY=1") // or systemd takes the end for a failed start
 			return nil
 		}
 	}
@@ -296,7 +277,7 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 			continue
 		}
 		if *l.to, err = net.Listen("tcp", l.addr); err != nil {
-			return fmt.Errorf("%s: %w", l.name, err)
+			return fmt.Errorf("%s: %w: give another address, or end what has this one", l.name, err)
 		}
 		defer (*l.to).Close()
 	}
@@ -306,6 +287,7 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 	if privateNamespace() {
 		slog.Warn("we run in a mount namespace of our own: mounts may not reach the host and its units (remove PrivateTmp=, ProtectSystem= and the like from the unit)")
 	}
+	ctx, end := context.WithCancelCause(ctx)
 	// Steps that must not be cut in two get ten more seconds when we are to end.
 	hard, kill := context.WithCancel(context.WithoutCancel(ctx))
 	defer kill()
@@ -313,24 +295,37 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		notify(a.notify, "STOPPING=1")
 		time.AfterFunc(10*time.Second, kill)
 	})
-	ctx, quit := context.WithCancel(context.WithValue(ctx, hardKey{}, hard))
+	ctx = context.WithValue(ctx, hardKey{}, hard)
 	var wg sync.WaitGroup
 	if metricListener != nil {
 		wg.Go(func() {
 			serveMetrics(ctx, metricListener, func() []*Service { return *a.services.Load() }, a.configRight, a.started)
 		})
 	}
+	if a.watchdog > 0 {
+		wg.Go(func() {
+			for tick := time.Tick(a.watchdog / 3); ctx.Err() == nil; {
+				select {
+				case <-ctx.Done():
+				case <-tick:
+					if len(healthy(*a.services.Load())) == 0 {
+						notify(a.notify, "WATCHDOG=1")
+					}
+				}
+			}
+		})
+	}
 	defer wg.Wait()
-	defer quit() // an error below ends what is started by then
+	defer end(nil) // an error below ends what is started by then
 	services, c, err := a.assemble(ctx, c)
 	if err != nil {
 		return err
 	}
-	return a.live(ctx, c, services, sshListener, stdout)
+	return a.live(ctx, end, c, services, sshListener, stdout)
 }
 
 // live mounts what is checked out, says that we are ready, and lets the services live until ctx is done or the config changes.
-func (a *agent) live(ctx context.Context, c *config, services []*Service, sshListener net.Listener, stdout io.Writer) error {
+func (a *agent) live(ctx context.Context, end context.CancelCauseFunc, c *config, services []*Service, sshListener net.Listener, stdout io.Writer) error {
 	startCounters(services)
 	a.services.Store(&services)
 	a.mountFirst(ctx, services)
@@ -342,11 +337,8 @@ func (a *agent) live(ctx context.Context, c *config, services []*Service, sshLis
 	var server *sshServer
 	var err error
 	if sshListener != nil {
-		hostKey, make := a.hostkey, false
-		if hostKey == "" {
-			hostKey, make = filepath.Join(a.stateDir, "ssh_host_ed25519_key"), true
-		}
-		if server, err = newSSHServer(hostKey, make, c.keys, c.machines, a.names[0], services); err != nil {
+		hostKey := cmp.Or(a.hostkey, filepath.Join(a.stateDir, "ssh_host_ed25519_key"))
+		if server, err = newSSHServer(hostKey, a.hostkey == "", c.keys, c.machines, a.names[0], services); err != nil {
 			return err
 		}
 		a.server.Store(server)
@@ -359,28 +351,20 @@ func (a *agent) live(ctx context.Context, c *config, services []*Service, sshLis
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	loop, end := context.WithCancelCause(ctx)
-	defer end(nil)
 	if server != nil {
 		wg.Go(func() { server.serve(ctx, sshListener) })
 	}
 	for _, group := range byUpstream(services) {
-		wg.Go(func() { watchUpstream(loop, group, a.interval) })
+		wg.Go(func() { watchUpstream(ctx, group, a.interval) })
 	}
-	wg.Go(func() { watchUnits(loop, services, a.interval) })
+	wg.Go(func() { watchUnits(ctx, services, a.interval) })
 	for _, s := range services {
-		wg.Go(func() { s.run(loop) })
+		wg.Go(func() { s.run(ctx) })
 	}
-	wg.Go(func() { a.watch(loop, end, c.text, services) })
-	<-loop.Done()
-	err = context.Cause(loop)
-	slog.Info(fmt.Sprintf("ending: %v", err))
-	if ctx.Err() == nil {
-		// A new config ends us as a signal would.
-		_ = syscall.Kill(os.Getpid(), syscall.SIGHUP)
-		<-ctx.Done()
-	}
-	return err
+	wg.Go(func() { a.watch(ctx, end, c.text, services) })
+	<-ctx.Done()
+	slog.Info(fmt.Sprintf("ending: %v", context.Cause(ctx)))
+	return context.Cause(ctx)
 }
 
 // assemble makes the services of the config: c, or with -U the one in our own checkout, which is then a service as well.
@@ -476,21 +460,6 @@ func (a *agent) bootstrap(ctx context.Context, own *Service) (*config, error) {
 		return nil, fmt.Errorf("bootstrap: %w", errors.Join(errs...))
 	}
 	defer a.configOK.Store(true)
-	feed := time.NewTicker(5 * time.Second) // all that is done here has time limits of its own
-	defer feed.Stop()
-	fed, full := context.WithCancel(ctx)
-	defer full()
-	go func() {
-		for {
-			select {
-			case <-fed.Done():
-				return
-			case <-feed.C:
-				own.beat.Store(time.Now().Unix())
-				notify(a.notify, "WATCHDOG=1")
-			}
-		}
-	}()
 	var wait time.Duration
 	for first := true; ; first = false {
 		if !first || !own.repo.exists() || a.pull {
@@ -532,10 +501,13 @@ func signersUsable(ctx context.Context) error {
 	if err := gitVersion(ctx, true); err != nil {
 		return fmt.Errorf("signers: %w", err)
 	}
-	out, err := exec.CommandContext(ctx, "ssh", "-V").CombinedOutput() // OpenSSH_9.2p1 Debian-2+deb12u3, OpenSSL 3.0.14
+	var out bytes.Buffer // OpenSSH_9.2p1 Debian-2+deb12u3, OpenSSL 3.0.14
+	cmd := exec.Command("ssh", "-V")
+	cmd.Stdout, cmd.Stderr = &out, &out
+	_, err := execute(ctx, "ssh -V", cmd, localLimit, syscall.SIGKILL)
 	var major, minor int
-	if _, serr := fmt.Sscanf(string(out), "OpenSSH_%d.%d", &major, &minor); err != nil || serr == nil && (major < 8 || major == 8 && minor < 2) {
-		return fmt.Errorf("signers: OpenSSH 8.2 or newer is needed for ssh-keygen: ssh -V says %q", oneLine(string(out)))
+	if _, serr := fmt.Sscanf(out.String(), "OpenSSH_%d.%d", &major, &minor); err != nil || serr == nil && (major < 8 || major == 8 && minor < 2) {
+		return fmt.Errorf("signers: OpenSSH 8.2 or newer is needed for ssh-keygen: ssh -V says %q", oneLine(out.String()))
 	}
 	return nil
 }
@@ -598,7 +570,7 @@ func onePass(ctx context.Context, services []*Service, stdout io.Writer) error {
 	}
 	var err error
 	for _, s := range services {
-		st := s.Status()
+		st := *s.Status()
 		if l := s.looked.Load(); st.state == stateOK && l != nil && l.err != nil {
 			st.State, st.Info, st.state = "DIFF", oneLine(l.err.Error()), stateDiff // there is no second look that could tell
 		}
@@ -612,38 +584,24 @@ func onePass(ctx context.Context, services []*Service, stdout io.Writer) error {
 
 // byUpstream groups services that one look serves: of one upstream, asked as one user.
 func byUpstream(services []*Service) [][]*Service {
-	var groups [][]*Service
-next:
+	groups := map[[2]string][]*Service{}
 	for _, s := range services {
-		for i, g := range groups {
-			if g[0].upstream == s.upstream && g[0].user == s.user {
-				groups[i] = append(g, s)
-				continue next
-			}
-		}
-		groups = append(groups, []*Service{s})
+		k := [2]string{s.upstream, s.user}
+		groups[k] = append(groups[k], s)
 	}
-	return groups
+	return slices.Collect(maps.Values(groups))
 }
 
-// watch feeds systemd's watchdog while all service loops turn, keeps its status line, and notices a changed config: with
-// -r a right one ends us, a wrong one is reported and the running one stays.
+// watch keeps systemd's status line, and notices a changed config: with -r a right one ends us, a wrong one is reported
+// and the running one stays.
 func (a *agent) watch(ctx context.Context, end context.CancelCauseFunc, running []byte, services []*Service) {
-	period := 2 * time.Second
-	if a.watchdog > 0 {
-		period = min(period, a.watchdog/3)
-	}
-	tick := time.NewTicker(period)
-	defer tick.Stop()
+	tick := time.Tick(2 * time.Second)
 	seen, status, said := running, "", ""
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
-		}
-		if a.watchdog > 0 && len(healthy(services)) == 0 {
-			notify(a.notify, "WATCHDOG=1")
+		case <-tick:
 		}
 		if s := summary(services); s != status {
 			status = s
@@ -657,6 +615,10 @@ func (a *agent) watch(ctx context.Context, end context.CancelCauseFunc, running 
 			_, err = loadConfig(a.options, os.ReadFile)
 		}
 		a.configOK.Store(err == nil)
+		if err == nil && said != "" {
+			slog.Info("the config is right again")
+			said = ""
+		}
 		switch {
 		case err != nil && err.Error() == said:
 		case err != nil:
@@ -664,7 +626,7 @@ func (a *agent) watch(ctx context.Context, end context.CancelCauseFunc, running 
 			slog.Error(fmt.Sprintf("the new config is wrong, the running one stays: %s", oneLine(err.Error())))
 		case bytes.Equal(text, running):
 		case a.restart:
-			end(errNewConfig)
+			end(ending{"the config has changed", 2})
 			return
 		default:
 			slog.Warn("the config has changed: restart gitopper to use it (or run it with -r)")
@@ -825,6 +787,7 @@ func (p *parser) parse(text string) {
 	p.c.signers = def.signers
 	if def.signers != "" && !path.IsAbs(def.signers) {
 		p.errorf("[global]: signers %q: must be absolute", def.signers)
+		def.signers = "" // said once, not for each entry
 	}
 	for i, t := range services {
 		p.service(i, t, def)
@@ -920,31 +883,25 @@ func (s *spec) validate(stateDir string) (errs []error) {
 	if err := validUpstream(s.upstream); err != nil {
 		bad("upstream %q: %w", redact(s.upstream), err)
 	}
-	if !validBranch(s.branch) {
-		bad("branch %q: must be a valid branch name", s.branch)
+	for _, c := range []struct {
+		ok                  bool
+		option, value, want string
+	}{
+		{validBranch(s.branch), "branch", s.branch, "must be a valid branch name"},
+		{s.machine != "", "machine", s.machine, "required"},
+		{path.IsAbs(s.mount) && path.Clean(s.mount) != "/", "mount", s.mount, "required, must be absolute and not /"},
+		{unitName.MatchString(s.service) && len(s.service) <= 200, "service", s.service, `required, must be a unit name: letters, digits and :_.@\-, no leading - or .`},
+		{s.user == "" || accountName.MatchString(s.user), "user", s.user, "must be an account name"},
+		{s.pkg == "" || packageName.MatchString(s.pkg), "package", s.pkg, "must be a package name"},
+		{slices.Contains(actions, s.action), "action", s.action, "must be one of " + strings.Join(actions[1:], ", ")},
+		{s.signers == "" || path.IsAbs(s.signers), "signers", s.signers, "must be absolute"},
+	} {
+		if !c.ok {
+			bad("%s %q: %s", c.option, c.value, c.want)
+		}
 	}
-	if s.mount = cleanPath(s.mount); !path.IsAbs(s.mount) {
-		bad("mount %q: required, must be absolute", s.mount)
-	} else if s.mount == "/" {
-		bad("mount %q: must not be /", s.mount)
-	}
-	if s.machine == "" {
-		bad("machine: required")
-	}
-	if !unitName.MatchString(s.service) || len(s.service) > 200 {
-		bad("service %q: required, must be a unit name: letters, digits and :_.@\\-, no leading - or .", s.service)
-	}
-	if s.user != "" && !accountName.MatchString(s.user) {
-		bad("user %q: must be an account name", s.user)
-	}
-	if s.pkg != "" && !packageName.MatchString(s.pkg) {
-		bad("package %q: must be a package name", s.pkg)
-	}
-	if !slices.Contains(actions, s.action) {
-		bad("action %q: must be one of %s", s.action, strings.Join(actions[1:], ", "))
-	}
-	if s.signers != "" && !path.IsAbs(s.signers) {
-		bad("signers %q: must be absolute", s.signers)
+	if path.IsAbs(s.mount) {
+		s.mount = path.Clean(s.mount)
 	}
 	for j := range s.dirs {
 		d := &s.dirs[j]
@@ -968,7 +925,7 @@ func (s *spec) validate(stateDir string) (errs []error) {
 		switch clean := path.Clean(d.local); {
 		case !path.IsAbs(d.local) || clean == "/" || strings.ContainsFunc(d.local, control):
 			bad("dirs[%d].local %q: must be an absolute path other than /", j, d.local)
-		case nested(clean, s.mount):
+		case path.IsAbs(s.mount) && nested(clean, s.mount):
 			bad("dirs[%d].local %q: must not be in, around or equal to mount %q", j, d.local, s.mount)
 		case nested(clean, stateDir):
 			bad("dirs[%d].local %q: must not be in, around or equal to the state directory %q", j, d.local, stateDir)
@@ -977,13 +934,6 @@ func (s *spec) validate(stateDir string) (errs []error) {
 		}
 	}
 	return errs
-}
-
-func cleanPath(p string) string {
-	if p == "" {
-		return ""
-	}
-	return path.Clean(p)
 }
 
 // control says whether a character could steer a terminal or end a line.
@@ -1066,20 +1016,6 @@ func (p *parser) conflicts() {
 	}
 }
 
-func moduleVersion() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	version := info.Main.Version
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && (version == "" || version == "(devel)") {
-			version = s.Value
-		}
-	}
-	return version
-}
-
 // setLogger makes slog write one line an event to w: with a <N> priority and no time where the journal reads along, which
 // has its own (sd-daemon(3), systemd.exec(5) on JOURNAL_STREAM).
 func setLogger(w io.Writer, debug bool) {
@@ -1092,28 +1028,20 @@ func setLogger(w io.Writer, debug bool) {
 	if f, ok := w.(*os.File); ok && syscall.Fstat(int(f.Fd()), &st) == nil {
 		journal = os.Getenv("JOURNAL_STREAM") == fmt.Sprintf("%d:%d", st.Dev, st.Ino)
 	}
-	slog.SetDefault(slog.New(&lineHandler{w: w, level: level, journal: journal, mu: &sync.Mutex{}}))
+	slog.SetDefault(slog.New(lineHandler{level, journal, log.New(w, "", 0)}))
 }
 
 type lineHandler struct {
-	w       io.Writer
 	level   slog.Level
 	journal bool
-	attrs   string
-	mu      *sync.Mutex
+	lines   *log.Logger // one Write a line, one at a time
 }
 
-func (h *lineHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.level }
-func (h *lineHandler) WithGroup(string) slog.Handler                { return h }
-func (h *lineHandler) WithAttrs(as []slog.Attr) slog.Handler {
-	c := *h
-	for _, a := range as {
-		c.attrs += " " + a.String()
-	}
-	return &c
-}
+func (h lineHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.level }
+func (h lineHandler) WithGroup(string) slog.Handler                { return h }
+func (h lineHandler) WithAttrs([]slog.Attr) slog.Handler           { return h } // nobody here uses With
 
-func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
+func (h lineHandler) Handle(_ context.Context, r slog.Record) error {
 	var b strings.Builder
 	if h.journal {
 		n := map[slog.Level]int{slog.LevelDebug: 7, slog.LevelInfo: 6, slog.LevelWarn: 4, slog.LevelError: 3}[r.Level]
@@ -1121,13 +1049,9 @@ func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
 	} else {
 		b.WriteString(r.Time.Format("2006-01-02T15:04:05.000Z07:00 ") + r.Level.String() + " ")
 	}
-	b.WriteString(r.Message + h.attrs)
+	b.WriteString(r.Message)
 	r.Attrs(func(a slog.Attr) bool { b.WriteString(" " + a.String()); return true })
-	line := oneLine(redact(b.String())) + "\n"
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	_, err := io.WriteString(h.w, line)
-	return err
+	return h.lines.Output(0, oneLine(redact(b.String())))
 }
 
 var secrets = []*regexp.Regexp{ // what comes after the group is kept from others
@@ -1148,26 +1072,13 @@ func redact(s string) string {
 // oneLine makes a program's words one line of an info or a log, without what could steer a terminal.
 func oneLine(s string) string {
 	s = strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' }), "; ")
-	return strings.TrimSpace(strings.Map(func(r rune) rune {
-		if r == '\t' {
-			return ' '
-		}
-		if control(r) || r >= 0x80 && r < 0xa0 {
-			return -1
-		}
-		return r
-	}, s))
+	return strings.TrimSpace(printable(s, 1<<20))
 }
 
 // tail keeps the last lines that are written to it.
-type tail struct {
-	mu  sync.Mutex
-	buf []byte
-}
+type tail struct{ buf []byte }
 
 func (t *tail) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
 	t.buf = append(t.buf, p...)
 	if n := len(t.buf); n > 8192 {
 		t.buf = append(t.buf[:0], t.buf[n-4096:]...)
@@ -1177,11 +1088,9 @@ func (t *tail) Write(p []byte) (int, error) {
 
 // last returns the last few lines as one, of a length that fits an info.
 func (t *tail) last() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
 	lines := strings.Split(strings.TrimSpace(strings.ToValidUTF8(string(t.buf), "?")), "\n")
-	s := redact(oneLine(strings.Join(lines[max(0, len(lines)-6):], "\n")))
-	return s[max(0, len(s)-800):]
+	s := redact(oneLine(strings.Join(lines[max(0, len(lines)-9):], "\n")))
+	return strings.ToValidUTF8(s[max(0, len(s)-800):], "")
 }
 
 // execute runs a program to its end and returns its standard output, unless cmd.Stdout takes that. It is the only way in
@@ -1215,36 +1124,27 @@ func execute(ctx context.Context, name string, cmd *exec.Cmd, limit time.Duratio
 	start := time.Now()
 	err := cmd.Start()
 	if err == nil {
-		done, group := make(chan struct{}), -cmd.Process.Pid
-		timeout := time.NewTimer(limit)
-		defer timeout.Stop()
-		var late atomic.Bool
-		go func() {
-			select {
-			case <-done:
-				return
-			case <-ctx.Done():
-			case <-timeout.C:
-				late.Store(true)
-			}
-			_ = syscall.Kill(group, end)
+		limited, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("took longer than %v and was ended", limit))
+		defer cancel()
+		stop := context.AfterFunc(limited, func() {
+			_ = syscall.Kill(-cmd.Process.Pid, end)
 			if end == syscall.SIGKILL {
 				_ = cmd.Process.Kill() // it may have left its group
 			}
-		}()
+		})
 		err = cmd.Wait()
-		close(done)
+		stop()
 		if errors.Is(err, exec.ErrWaitDelay) && cmd.ProcessState.Success() {
 			err = nil
 		}
 		switch b, _ := cmd.Stdout.(*bounded); {
 		case err == nil:
-		case b != nil && b.n > maxOutput:
-			err = errTooMuch // else it would be the broken pipe that this meant for the program
-		case late.Load():
-			err = fmt.Errorf("took longer than %v and was ended", limit)
+		case b != nil && b.err != nil:
+			err = b.err // else it would be the broken pipe that this meant for the program
 		case ctx.Err() != nil:
 			err = fmt.Errorf("ended: %w", ctx.Err())
+		case limited.Err() != nil:
+			err = context.Cause(limited)
 		}
 	}
 	if err != nil {
@@ -1265,10 +1165,11 @@ func execute(ctx context.Context, name string, cmd *exec.Cmd, limit time.Duratio
 	return stdout.Bytes(), err
 }
 
-// bounded passes on what is written to it, as long as that is not absurdly much.
+// bounded passes on what is written to it, as long as that is not absurdly much, and keeps the error that it meets.
 type bounded struct {
-	to io.Writer
-	n  int
+	to  io.Writer
+	n   int
+	err error
 }
 
 const maxOutput = 64 << 20
@@ -1277,7 +1178,10 @@ var errTooMuch = errors.New("more than 64 MiB of output")
 
 func (b *bounded) Write(p []byte) (int, error) {
 	if b.n += len(p); b.n > maxOutput {
-		return 0, errTooMuch
+		b.err = errTooMuch
+		return 0, b.err
 	}
-	return b.to.Write(p)
+	n, err := b.to.Write(p)
+	b.err = err
+	return n, err
 }

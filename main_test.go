@@ -136,7 +136,7 @@ dirs = [{local = "/etc/prometheus", link = "prom/etc/"}, {link = "a/../b", file 
 		{"relative mount", entry("mount = \"x\""), `mount "x": required, must be absolute`},
 		{"service with slash", strings.Replace(entry(""), `"prometheus"`, `"a/b"`, 1), `service "a/b": required, must be a unit name`},
 		{"service is an option", strings.Replace(entry(""), `"prometheus"`, `"-a"`, 1), `service "-a"`},
-		{"no machine", strings.Replace(entry(""), "machine", "#", 1), "machine: required"},
+		{"no machine", strings.Replace(entry(""), "machine", "#", 1), `machine "": required`},
 		{"user", entry("user = \"a b\""), `user "a b": must be an account name`},
 		{"package", entry("package = \"-y\""), `package "-y": must be a package name`},
 		{"action", entry("action = \"relaod\""), `action "relaod": must be one of start, restart`},
@@ -280,15 +280,15 @@ func TestCommandLine(t *testing.T) {
 		{"check", []string{"--check", "-c", good, "-h", "nobody"}, "", "", 0},
 		{"check for others", []string{"-check", "-c=" + good, "-h", "a,b", "--hosts", "c"}, "", "no entry for this machine", 0},
 		{"check finds all", []string{"--check", "-c", bad}, "", `gitopper: ` + bad + `: services[0]: upstream "": required
-gitopper: ` + bad + `: services[0]: mount "": required, must be absolute
-gitopper: ` + bad + `: services[0]: machine: required
+gitopper: ` + bad + `: services[0]: machine "": required
+gitopper: ` + bad + `: services[0]: mount "": required, must be absolute and not /
 gitopper: ` + bad + `: services[0]: service "": required, must be a unit name: letters, digits and :_.@\-, no leading - or .
 `, 1},
-		{"start with it", []string{"-c", bad}, "", "services[0]: machine: required\n", 1},
+		{"start with it", []string{"-c", bad}, "", "services[0]: machine \"\": required\n", 1},
 		{"missing config", []string{"-c", "/nope"}, "", "gitopper: config: open /nope: no such file or directory\n", 1},
 		{"not for this machine", []string{"-c", good}, "", "nothing to do", 0},
 		{"port in use", []string{"-c", good, "-h", "nobody", "-s", "", "-m", "256.0.0.1:0"}, "", "gitopper: --metric: listen tcp: ", 1},
-		{"once, upstream away", []string{"-c", good, "-h", "nobody", "--once"}, "x  DIFF git ls-remote: exit status 128: ", "gitopper: not all services are OK\n", 1},
+		{"once, upstream away", []string{"-c", good, "-h", "nobody", "--once"}, "x  DIFF git ls-remote /nope: exit status 128: ", "gitopper: not all services are OK\n", 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			stdout, stderr, status := gitopper(t, tc.args...)
@@ -511,7 +511,7 @@ func TestSignals(t *testing.T) {
 		}
 		buf := make([]byte, 1000)
 		n, err := l.Read(buf)
-		if err != nil || !strings.HasPrefix(string(buf[:n]), "READY=1\nSTATUS=") {
+		if err != nil || !strings.HasPrefix(string(buf[:n]), "READY=1") {
 			t.Errorf("%v: first told systemd %q, %v", sig, buf[:n], err)
 		}
 		if _, stderr, got := gitopper(t, "--once", "-c", w.dir+"/c.toml", "-h", "m"); got != 1 || !strings.Contains(stderr, fmt.Sprintf("another gitopper, pid %d", cmd.Process.Pid)) {

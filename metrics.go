@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -158,13 +160,12 @@ func process() (rss, cpu, fds float64) {
 	return rss, cpu, fds
 }
 
-// healthy says whether all service loops still turn, and names those that don't: a loop looks up every five seconds, and
-// no pass outlasts the sum of its time limits.
+// healthy names the services whose loop does not turn any more: a loop waits for nothing but its passes, and no pass
+// outlasts the sum of its time limits.
 func healthy(services []*Service) (stuck []string) {
 	now := time.Now().Unix()
 	for _, s := range services {
-		busy := s.busy.Load()
-		if now-s.beat.Load() > 60 || busy != 0 && now-busy > int64(4*time.Hour/time.Second) {
+		if busy := s.busy.Load(); busy != 0 && now-busy > int64(4*time.Hour/time.Second) {
 			stuck = append(stuck, s.service)
 		}
 	}
@@ -194,49 +195,33 @@ func serveMetrics(ctx context.Context, l net.Listener, services func() []*Servic
 	server := &http.Server{Handler: mux, ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
 		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug)}
 	server.SetKeepAlivesEnabled(false)
+	// No more than 64 connections, so that they can't take git's descriptors; a further one takes the place of the oldest, so
+	// that they can't keep others out.
+	var mu sync.Mutex
+	var open []net.Conn // the oldest first
+	server.ConnState = func(c net.Conn, state http.ConnState) {
+		mu.Lock()
+		defer mu.Unlock()
+		switch state {
+		case http.StateNew:
+			if open = append(open, c); len(open) > 64 {
+				_ = open[0].Close()
+				open = open[1:]
+			}
+		case http.StateClosed:
+			open = slices.DeleteFunc(open, func(o net.Conn) bool { return o == c })
+		}
+	}
 	context.AfterFunc(ctx, func() { server.Close() })
-	if err := server.Serve(&boundedListener{Listener: l}); !errors.Is(err, http.ErrServerClosed) {
+	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		slog.Error(fmt.Sprintf("metrics: %v", err))
 	}
 }
 
-// boundedListener keeps no more than 64 connections, so that they can't take git's descriptors; a further one takes the
-// place of the oldest, so that they can't keep others out.
-type boundedListener struct {
-	net.Listener
-	mu    sync.Mutex
-	conns []*boundedConn // guarded by mu; the oldest first
-}
-
-type boundedConn struct {
-	net.Conn
-	l *boundedListener
-}
-
-func (l *boundedListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if len(l.conns) >= 64 {
-		_ = l.conns[0].Conn.Close()
-		l.conns = l.conns[1:]
-	}
-	b := &boundedConn{c, l}
-	l.conns = append(l.conns, b)
-	return b, nil
-}
-
-func (c *boundedConn) Close() error {
-	c.l.mu.Lock()
-	c.l.conns = slices.DeleteFunc(c.l.conns, func(o *boundedConn) bool { return o == c })
-	c.l.mu.Unlock()
-	return c.Conn.Close()
-}
-
-// buildInfo returns the version of the binary (a module version, else the VCS revision) and that of Go.
+// buildInfo returns the version of the binary, which the go command takes from the module or from git, and that of Go.
 func buildInfo() (version, goVersion string) {
-	return moduleVersion(), runtime.Version()
+	if info, ok := debug.ReadBuildInfo(); ok {
+		version = info.Main.Version
+	}
+	return cmp.Or(version, "unknown"), runtime.Version()
 }

@@ -111,7 +111,7 @@ func TestHTTP(t *testing.T) {
 	if code, _ := get("/healthz"); code != 200 {
 		t.Errorf("/healthz during a flood: %d", code)
 	}
-	services[0].beat.Store(time.Now().Add(-time.Hour).Unix())
+	services[0].busy.Store(time.Now().Add(-5 * time.Hour).Unix())
 	if code, body := get("/healthz"); code != 503 || !strings.Contains(body, "stuck: prometheus") {
 		t.Errorf("/healthz with a loop that hangs: %d %s", code, body)
 	}

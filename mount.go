@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -100,8 +99,8 @@ func openTarget(local string, file, make bool, uid, gid int) (_ int, err error) 
 			return -1, err
 		}
 		if st.Mode&syscall.S_IFMT == syscall.S_IFLNK {
-			to, err := readlinkAt(next)
 			syscall.Close(next)
+			to, err := os.Readlink(fdPath(fd) + "/" + c)
 			if links++; err == nil && links > 40 {
 				err = syscall.ELOOP
 			}
@@ -148,24 +147,11 @@ func giveAway(fd int, file bool, uid, gid int) error {
 	if int(st.Uid) != os.Getuid() || file && (st.Mode&syscall.S_IFMT != syscall.S_IFREG || st.Nlink != 1 || st.Size != 0) || !file && st.Mode&syscall.S_IFMT != syscall.S_IFDIR {
 		return errors.New("somebody replaced it while it was made")
 	}
-	return fchown(fd, uid, gid)
+	return os.Chown(fdPath(fd), uid, gid) // fchown(2) takes no O_PATH descriptor
 }
 
 // fdPath names an open descriptor such that system calls which take a path reach exactly what it holds. See proc_pid_fd(5).
 func fdPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
-
-// fchown works on O_PATH descriptors, unlike fchown(2).
-func fchown(fd, uid, gid int) error { return os.Chown(fdPath(fd), uid, gid) }
-
-func readlinkAt(fd int) (string, error) {
-	buf := make([]byte, 4096)
-	empty := []byte{0}
-	n, _, e := syscall.Syscall6(syscall.SYS_READLINKAT, uintptr(fd), uintptr(unsafe.Pointer(&empty[0])), uintptr(unsafe.Pointer(&buf[0])), uintptr(len(buf)), 0, 0)
-	if e != 0 {
-		return "", e
-	}
-	return string(buf[:n]), nil
-}
 
 // shows says whether local shows today's link of the checkout dir. It is false for a mount that is missing, stale, foreign
 // or covered by another one.
@@ -178,7 +164,12 @@ func shows(dir, link, local string) bool {
 // bind makes local show link of the checkout root, by a mount of the link's very descriptor. A mount of ours that shows
 // something else is replaced from beneath (Linux 6.5), so that local is never seen without; before that kernel what lies
 // beneath shows for an instant.
-func bind(root *os.Root, d dir, a account, ours bool) error {
+func bind(root *os.Root, d dir, a account, ours bool) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("mount %q on %s: %w", d.link, d.local, err)
+		}
+	}()
 	top, err := root.Open(".")
 	if err != nil {
 		return err
@@ -193,37 +184,27 @@ func bind(root *os.Root, d dir, a account, ours bool) error {
 	if err != nil {
 		return err
 	}
-	defer syscall.Close(t)
+	defer func() { syscall.Close(t) }()
 	var s, l syscall.Stat_t
 	if err := errors.Join(syscall.Fstat(src, &s), syscall.Fstat(t, &l)); err != nil {
 		return err
 	}
 	if (l.Mode&syscall.S_IFMT == syscall.S_IFDIR) == d.file || (s.Mode&syscall.S_IFMT == syscall.S_IFDIR) == d.file {
-		return fmt.Errorf("mount %s: %s and link %q must both be %s: move it away, or change file", d.local, d.local, d.link, map[bool]string{true: "files", false: "directories"}[d.file])
+		return fmt.Errorf("they must both be %s: move %s away, or change file", map[bool]string{true: "files", false: "directories"}[d.file], d.local)
 	}
 	if ours {
-		err := swapBeneath(src, t)
-		if err == nil || !errors.Is(err, syscall.EINVAL) && !errors.Is(err, syscall.ENOSYS) {
-			return wrapMount(d, err)
-		}
-		if err := syscall.Unmount(fdPath(t), syscall.MNT_DETACH); err != nil {
-			return wrapMount(d, err)
-		}
-		below, err := openTarget(d.local, d.file, false, 0, 0)
-		if err != nil {
+		if err := swapBeneath(src, t); !errors.Is(err, syscall.EINVAL) && !errors.Is(err, syscall.ENOSYS) {
 			return err
 		}
-		defer syscall.Close(below)
-		return wrapMount(d, syscall.Mount(fdPath(src), fdPath(below), "", syscall.MS_BIND, ""))
+		if err := syscall.Unmount(fdPath(t), syscall.MNT_DETACH); err != nil {
+			return err
+		}
+		syscall.Close(t)
+		if t, err = openTarget(d.local, d.file, false, 0, 0); err != nil {
+			return err
+		}
 	}
-	return wrapMount(d, syscall.Mount(fdPath(src), fdPath(t), "", syscall.MS_BIND, ""))
-}
-
-func wrapMount(d dir, err error) error {
-	if err != nil {
-		return fmt.Errorf("mount %q on %s: %w", d.link, d.local, err)
-	}
-	return nil
+	return syscall.Mount(fdPath(src), fdPath(t), "", syscall.MS_BIND, "")
 }
 
 // swapBeneath puts a mount of src under the topmost mount of dst, then takes that one off.
@@ -265,7 +246,8 @@ func unmake(made []string) (stay []string) {
 		case fi.Mode().IsRegular() && fi.Size() == 0:
 			err = os.Remove(at)
 		case fi.IsDir():
-			if err = syscall.Rmdir(at); err == syscall.ENOTEMPTY {
+			inner := func(p string) bool { return strings.HasPrefix(p, made[i]+"/") }
+			if err = syscall.Rmdir(at); err == syscall.ENOTEMPTY && !slices.ContainsFunc(stay, inner) {
 				err = nil // in use by others by now: theirs
 			}
 		}
@@ -280,47 +262,31 @@ func unmake(made []string) (stay []string) {
 // mountPoint is one line of /proc/self/mountinfo.
 type mountPoint struct{ id, parent, device, root, point string }
 
+// unescapeMount undoes how proc_pid_mountinfo(5) writes space, tab, newline and backslash.
+var unescapeMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace
+
 // parseMountinfo reads lines as proc_pid_mountinfo(5) has them:
 //
 //	36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
-func parseMountinfo(r io.Reader) ([]mountPoint, error) {
+func parseMountinfo(text string) ([]mountPoint, error) {
 	var mounts []mountPoint
-	sc := bufio.NewScanner(r)
-	sc.Buffer(nil, 1<<20)
-	for sc.Scan() {
-		f := strings.Fields(sc.Text())
+	for line := range strings.Lines(text) {
+		f := strings.Fields(line)
 		if len(f) < 6 {
-			return nil, fmt.Errorf("mountinfo: unexpected line %q", sc.Text())
+			return nil, fmt.Errorf("mountinfo: unexpected line %q", line)
 		}
 		mounts = append(mounts, mountPoint{f[0], f[1], f[2], unescapeMount(f[3]), unescapeMount(f[4])})
 	}
-	return mounts, sc.Err()
-}
-
-// unescapeMount undoes \040 and the like, in which space, tab, newline and backslash are written.
-func unescapeMount(s string) string {
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
+	return mounts, nil
 }
 
 // readMountinfo returns the mounts of our namespace.
 func readMountinfo() ([]mountPoint, error) {
-	f, err := os.Open("/proc/self/mountinfo")
+	text, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	return parseMountinfo(f)
+	return parseMountinfo(string(text))
 }
 
 // visible returns the topmost mount at point, nil if there is none.
@@ -386,10 +352,10 @@ type shown struct {
 	File        bool
 }
 
-// precheck runs argv in a mount and PID namespace of its own, in which every local shows the candidate: what is staged over
+// runCheck runs v.Argv in a mount and PID namespace of its own, in which every local shows the candidate: what is staged over
 // what is live, less what the commit removes, read-only. Other processes see nothing of it; all that it mounts and starts
 // is gone when it ends. A command that does not accept the candidate is a *refusal with its last words.
-func precheck(ctx context.Context, scratch string, v view) error {
+func runCheck(ctx context.Context, scratch string, v view) error {
 	if _, err := exec.LookPath(v.Argv[0]); err != nil {
 		return fmt.Errorf("check: %w: the commit waits", err)
 	}
@@ -421,13 +387,13 @@ func precheck(ctx context.Context, scratch string, v view) error {
 	if msg, _ := io.ReadAll(io.LimitReader(trouble, 4096)); len(msg) > 0 {
 		return fmt.Errorf("check: %s", msg)
 	}
-	return &refusal{Reason: "check", err: err}
+	return &refusal{Reason: "check", Info: err.Error()}
 }
 
 // checkChild is the argument with which the binary is run as a check's child; nobody types it.
 const checkChild = "check-child"
 
-// runCheckChild is the child's side of precheck: PID 1 of its namespace, it builds the view and becomes the command.
+// runCheckChild is the child's side of runCheck: PID 1 of its namespace, it builds the view and becomes the command.
 func runCheckChild() error {
 	syscall.CloseOnExec(3)
 	var v view
@@ -456,7 +422,7 @@ func runCheckChild() error {
 		return err
 	}
 	for i, s := range v.Shows {
-		if err := show1(&v, s, strconv.Itoa(i)); err != nil {
+		if err := showCandidate(&v, s, strconv.Itoa(i)); err != nil {
 			return fmt.Errorf("show the candidate at %s: %w", s.Local, err)
 		}
 	}
@@ -470,10 +436,10 @@ func runCheckChild() error {
 	return fmt.Errorf("%s: %w", exe, syscall.Exec(exe, v.Argv, os.Environ()))
 }
 
-// show1 makes one local show the candidate. A directory is an overlay without an upper layer, so read-only: whiteouts
+// showCandidate makes one local show the candidate. A directory is an overlay without an upper layer, so read-only: whiteouts
 // (overlayfs.txt: a character device 0/0) over the staged files over the live ones, which costs what the commit changes.
 // Sources and target are opened anew here, without following links of the owner's, and used by descriptor.
-func show1(v *view, s shown, n string) error {
+func showCandidate(v *view, s shown, n string) error {
 	t, err := openTarget(s.Local, s.File, false, 0, 0)
 	if err != nil {
 		return err
@@ -484,7 +450,14 @@ func show1(v *view, s shown, n string) error {
 	}
 	var layer []int // what is staged, then what is live
 	for _, p := range []string{stageDir + "/" + s.Link, s.Link} {
+		var st syscall.Stat_t
 		if fd, err := openBelow(top, p); err == nil {
+			if err := syscall.Fstat(fd, &st); err != nil {
+				return err
+			}
+			if p == s.Link && (st.Mode&syscall.S_IFMT == syscall.S_IFDIR) == s.File {
+				continue // what is live is of another kind than what the candidate has there
+			}
 			layer = append(layer, fd)
 		} else if !errors.Is(err, fs.ErrNotExist) {
 			return err

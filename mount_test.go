@@ -20,7 +20,7 @@ func TestParseMountinfo(t *testing.T) {
 33 31 0:30 / /etc/one rw - tmpfs tmpfs rw
 34 22 0:31 /srv/c/x\040y/etc /etc/foreign rw - tmpfs tmpfs rw
 `
-	mounts, err := parseMountinfo(strings.NewReader(info))
+	mounts, err := parseMountinfo(info)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +37,7 @@ func TestParseMountinfo(t *testing.T) {
 	if m := visible(mounts, "/nope"); m != nil {
 		t.Errorf("visible at /nope: %+v", m)
 	}
-	if _, err := parseMountinfo(strings.NewReader("short line\n")); err == nil {
+	if _, err := parseMountinfo("short line\n"); err == nil {
 		t.Error("a short line was accepted")
 	}
 }
@@ -46,7 +46,7 @@ func FuzzMountinfo(f *testing.F) {
 	f.Add("36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw\n", "/mnt2")
 	f.Add("1 2 3 \\04 \\040 x\n", "/")
 	f.Fuzz(func(t *testing.T, info, dir string) {
-		if mounts, err := parseMountinfo(strings.NewReader(info)); err == nil && filepath.IsAbs(dir) {
+		if mounts, err := parseMountinfo(info); err == nil && filepath.IsAbs(dir) {
 			sourcesBelow(mounts, filepath.Clean(dir))
 		}
 	})
@@ -276,12 +276,9 @@ func TestCheckFollowsNothing(t *testing.T) {
 		os.WriteFile(dir+"/checkout/one", []byte("old\n"), 0o644), os.WriteFile(dir+"/local", nil, 0o644), os.Symlink(dir+"/secret", stage+"/one")); err != nil {
 		t.Fatal(err)
 	}
-	err := precheck(context.Background(), dir+"/scratch", view{Checkout: dir + "/checkout", Shows: []shown{{dir + "/local", "one", true}}, Argv: []string{"cat", dir + "/local"}})
+	err := runCheck(context.Background(), dir+"/scratch", view{Checkout: dir + "/checkout", Shows: []shown{{dir + "/local", "one", true}}, Argv: []string{"cat", dir + "/local"}})
 	if err == nil || errors.As(err, new(*refusal)) || strings.Contains(err.Error(), "s3cret") {
 		t.Errorf("a link in the stage: %v", err)
-	}
-	if got := vanished([][]byte{[]byte("etc/../../../victim"), []byte("etc/a/./b"), []byte("other/x")}, "etc", stage+"/etc", dir+"/checkout/etc"); len(got) > 0 {
-		t.Errorf("paths that leave: %q", got)
 	}
 }
 

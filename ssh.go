@@ -19,7 +19,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 	"unicode"
 
@@ -28,20 +27,11 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// access says whose keys may use a route. The zero value is no right at all, so that a route nobody classified is closed.
-type access int
-
-const (
-	noKey  access = iota
-	anyKey        // it only looks
-	rwKey         // it changes something
-)
-
 // route is one command of the SSH interface.
 type route struct {
 	path     string
-	access   access
-	min, max int // words after path
+	ro       bool // it only looks: ro keys may use it, too
+	min, max int  // words after path
 	usage    string
 	run      func(*sshServer, context.Context, *sshConn, []string, func(string)) (any, error)
 }
@@ -49,12 +39,12 @@ type route struct {
 // sshRoutes is everything that can be asked for.
 func sshRoutes() []route {
 	return []route{
-		{"/list/machine", anyKey, 0, 0, "", (*sshServer).listMachines},
-		{"/list/service", anyKey, 0, 1, "[SERVICE]", (*sshServer).listServices},
-		{"/do/freeze", rwKey, 1, maxRequest, "SERVICE [DURATION] [REASON...]", (*sshServer).change},
-		{"/do/unfreeze", rwKey, 1, 1, "SERVICE", (*sshServer).change},
-		{"/do/rollback", rwKey, 2, 2, "SERVICE HASH", (*sshServer).change},
-		{"/do/pull", rwKey, 1, 1, "SERVICE", (*sshServer).change},
+		{"/list/machine", true, 0, 0, "", (*sshServer).listMachines},
+		{"/list/service", true, 0, 1, "[SERVICE]", (*sshServer).listServices},
+		{"/do/freeze", false, 1, maxRequest, "SERVICE [DURATION] [REASON...]", (*sshServer).change},
+		{"/do/unfreeze", false, 1, 1, "SERVICE", (*sshServer).change},
+		{"/do/rollback", false, 2, 2, "SERVICE HASH", (*sshServer).change},
+		{"/do/pull", false, 1, 1, "SERVICE", (*sshServer).change},
 	}
 }
 
@@ -170,33 +160,23 @@ func parseKeys(data []byte) ([]authorizedKey, error) {
 // keyFile is a key file as it was when it was last good.
 type keyFile struct {
 	key
-	keys  []authorizedKey
-	stamp string // of what was read; empty: read it again
-	err   error  // what is wrong with it now
+	keys []authorizedKey
+	text []byte // that keys were read from
+	err  error  // what is wrong with it now
 }
 
 // refresh reads the file again if it changed. If that fails its last good keys stay.
 func (f *keyFile) refresh() error {
 	was, keys, data := f.err, f.keys, []byte(nil)
 	fi, err := os.Stat(f.path)
-	if err != nil {
-		f.stamp = ""
-	} else {
-		// ctime, for nobody can set it back. A second write within a tick of its clock does not show, hence the age.
-		st := fi.Sys().(*syscall.Stat_t)
-		stamp := fmt.Sprint(st.Dev, st.Ino, st.Size, st.Ctim)
-		if stamp == f.stamp {
-			return f.err
-		}
-		f.stamp = ""
-		if time.Since(time.Unix(st.Ctim.Unix())) > time.Second {
-			f.stamp = stamp
-		}
-		if !fi.Mode().IsRegular() {
-			err = errors.New("not a regular file")
-		} else if data, err = os.ReadFile(f.path); err == nil {
-			keys, err = parseKeys(data)
-		}
+	if err == nil && !fi.Mode().IsRegular() {
+		err = errors.New("not a regular file")
+	}
+	if err == nil {
+		data, err = os.ReadFile(f.path)
+	}
+	if err == nil && (f.keys == nil || !bytes.Equal(data, f.text)) {
+		keys, err = parseKeys(data)
 	}
 	if f.err = nil; err != nil {
 		f.err = fmt.Errorf("keys %s: %w", f.path, err)
@@ -208,7 +188,7 @@ func (f *keyFile) refresh() error {
 	if f.keys != nil && (was != nil || !slices.Equal(keys, f.keys)) {
 		slog.Info(fmt.Sprintf("ssh: keys %s: read anew, %d keys", f.path, len(keys)))
 	}
-	f.keys = keys
+	f.keys, f.text = keys, data
 	return nil
 }
 
@@ -245,19 +225,11 @@ func (s *sshServer) authorize(m ssh.ConnMetadata, pub ssh.PublicKey) (*ssh.Permi
 
 // exec runs a command: its steps are lines on stderr, its answer is one line of JSON on stdout, or the last line on stderr.
 func (s *sshServer) exec(ctx context.Context, c *sshConn, ch ssh.Channel, payload []byte) {
-	lines, done, shown := make(chan string, 64), make(chan bool), make(chan bool)
+	lines, shown := make(chan string, 64), make(chan bool)
 	go func() {
 		defer close(shown)
-		for {
-			select {
-			case l := <-lines:
-				fmt.Fprintln(ch.Stderr(), l)
-			case <-done:
-				for len(lines) > 0 {
-					fmt.Fprintln(ch.Stderr(), <-lines)
-				}
-				return
-			}
+		for l := range lines {
+			fmt.Fprintln(ch.Stderr(), l)
 		}
 	}()
 	answer, err := s.run(ctx, c, payload, func(line string) {
@@ -268,7 +240,7 @@ func (s *sshServer) exec(ctx context.Context, c *sshConn, ch ssh.Channel, payloa
 	})
 	// A client that takes nothing would keep us for ever: a channel's window knows no deadline.
 	defer time.AfterFunc(s.answer, func() { c.Close() }).Stop()
-	close(done)
+	close(lines) // there are no steps after the answer
 	<-shown
 	var exit struct{ Status uint32 } // RFC 4254 section 6.10
 	if answer != nil {
@@ -327,9 +299,6 @@ func printable(text string, limit int) string {
 	return strings.ToValidUTF8(text[:min(limit, len(text))], "")
 }
 
-// allows says whether a key may use a route.
-func (a access) allows(write bool) bool { return a == anyKey || a == rwKey && write }
-
 // run finds the route, looks at the key's rights and the number of words, and answers.
 func (s *sshServer) run(ctx context.Context, c *sshConn, payload []byte, step func(string)) (any, error) {
 	c.busy(ctx, 0)
@@ -341,7 +310,7 @@ func (s *sshServer) run(ctx context.Context, c *sshConn, payload []byte, step fu
 		switch n := len(words) - 1; {
 		case r.path != words[0]:
 			continue
-		case !r.access.allows(c.write):
+		case !r.ro && !c.write:
 			slog.Warn(fmt.Sprintf("ssh: %q refused, read-only key: %s", strings.Join(words, " "), c))
 			return nil, sshError("Unauthorized", "key %s is read-only", c.comment)
 		case n < r.min || n > r.max:
@@ -404,9 +373,8 @@ func (s *sshServer) change(ctx context.Context, c *sshConn, words []string, step
 	o.who, o.step = fmt.Sprintf("%s (%s@%s)", c.comment, c.user, host), step
 	c.busy(ctx, 1)
 	defer c.busy(ctx, -1)
-	if err := s.do(s.services[i], ctx, o); errors.Is(err, context.Canceled) && ctx.Err() != nil {
-		return nil, sshError("Internal Server Error", "gitopper is stopping")
-	} else if oe, ok := errors.AsType[*opError](err); err != nil && !(ok && oe.done) {
+	err = s.do(s.services[i], ctx, o)
+	if oe, ok := errors.AsType[*opError](err); err != nil && !(ok && oe.done) {
 		return nil, err
 	} else if answer, lerr := s.listServices(ctx, c, words[:2], nil); lerr == nil {
 		return answer, err // carried out, though not with the outcome that was hoped for

@@ -62,15 +62,9 @@ type refusal struct {
 	Info    string
 	Doubt   bool // the last good commit failed as well: try once more when that one runs again
 	Closed  bool // it did not: the commit is to blame
-	err     error
 }
 
-func (r *refusal) Error() string {
-	if r.err != nil {
-		return r.err.Error()
-	}
-	return r.Info
-}
+func (r *refusal) Error() string { return r.Info }
 
 // brokenError is trouble with package, mount or systemd, as opposed to git.
 type brokenError struct{ error }
@@ -79,14 +73,6 @@ func (b brokenError) Unwrap() error { return b.error }
 
 // recordError is a brokenError that is not the commit's fault: what is to be remembered can't be written.
 type recordError struct{ error }
-
-// broken marks an error as trouble with package, mount or systemd.
-func broken(err error) error {
-	if err == nil {
-		return nil
-	}
-	return brokenError{err}
-}
 
 // record is what must outlive a restart. What can be read again from the host is not in it.
 type record struct {
@@ -178,7 +164,6 @@ type Service struct {
 	status   atomic.Pointer[Status]
 	looked   atomic.Pointer[look]
 	unit     atomic.Pointer[unit] // as seen at the last round
-	beat     atomic.Int64         // when run last turned, Unix seconds
 	busy     atomic.Int64         // since when a pass has been working; 0 is idle
 }
 
@@ -227,7 +212,6 @@ func newService(sp spec, stateDir string, interval time.Duration) *Service {
 		}
 		s.rec.Dirs = append(s.rec.Dirs, s.repo.dir)
 	}
-	s.beat.Store(time.Now().Unix())
 	s.publishStatus()
 	return s
 }
@@ -255,7 +239,7 @@ func (s *Service) save() error {
 		return nil
 	}
 	if err := writeFile(recordFile(s.stateDir, s.service), data); err != nil {
-		return broken(recordError{fmt.Errorf("record: %w", err)})
+		return brokenError{recordError{fmt.Errorf("record: %w: no file is changed until it can be written", err)}}
 	}
 	s.saved = data
 	return nil
@@ -266,7 +250,7 @@ func writeFile(name string, data []byte) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(name), ".new-*")
+	f, err := os.OpenFile(name+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
@@ -329,7 +313,7 @@ func (s *Service) publishStatus() {
 	if st.String() != r.State && (s.passed || s.rolling || r.State == "") {
 		r.Change = now
 		if s.passed || s.rolling {
-			slog.Log(context.Background(), map[state]slog.Level{stateBroken: slog.LevelError, stateDiff: slog.LevelWarn}[st], fmt.Sprintf("%s: %s -> %s %s", s.service, r.State, st, info), "commit", fmt.Sprintf("%.8s", r.Live))
+			slog.Log(context.Background(), map[state]slog.Level{stateBroken: slog.LevelError, stateDiff: slog.LevelWarn}[st], fmt.Sprintf("%s: %s -> %s %s", s.service, cmp.Or(r.State, "new"), st, info), "commit", fmt.Sprintf("%.8s", r.Live))
 		}
 	} else if info != r.Info && s.passed && info != "" {
 		slog.Warn(fmt.Sprintf("%s: %s %s", s.service, st, info))
@@ -361,21 +345,23 @@ func (s *Service) nudge() {
 
 // do asks the service's goroutine to carry out o, and waits for its answer.
 func (s *Service) do(ctx context.Context, o op) error {
-	stopping := &opError{status: "Internal Server Error", err: errors.New("gitopper is stopping")}
 	r := request{o, make(chan error, 1)}
 	select {
 	case s.requests <- r:
+		select {
+		case err := <-r.reply:
+			return err
+		case <-s.ended:
+			select {
+			case err := <-r.reply: // it came first
+				return err
+			default:
+			}
+		}
 	case <-s.ended:
-		return stopping
 	case <-ctx.Done():
-		return stopping
 	}
-	select {
-	case err := <-r.reply:
-		return err
-	case <-s.ended:
-		return stopping
-	}
+	return &opError{status: "Internal Server Error", err: errors.New("gitopper is stopping")}
 }
 
 // run is the service's life: it waits for a look at upstream, a time to try again or an operator, and has one pass or one
@@ -386,8 +372,6 @@ func (s *Service) run(ctx context.Context) {
 	var backoff time.Duration
 	// The first look at upstream starts the first pass; where it takes long, the unit is not kept waiting.
 	again := time.NewTimer(5 * time.Second)
-	beat := time.NewTicker(5 * time.Second)
-	defer beat.Stop()
 	for {
 		job := func(ctx context.Context) { s.pass(ctx) }
 		if len(queue) > 0 {
@@ -401,14 +385,11 @@ func (s *Service) run(ctx context.Context) {
 			case r := <-s.requests:
 				queue = append(queue, r)
 				continue
-			case <-beat.C:
-				s.beat.Store(time.Now().Unix())
-				continue
 			case <-s.poke:
 			case <-again.C:
 			}
 		}
-		jobCtx, end := context.WithCancel(ctx)
+		jobCtx, end := context.WithCancelCause(ctx)
 		done := make(chan struct{})
 		s.busy.Store(time.Now().Unix())
 		go func() { defer close(done); job(jobCtx) }()
@@ -419,13 +400,11 @@ func (s *Service) run(ctx context.Context) {
 			case r := <-s.requests:
 				queue = append(queue, r)
 				if r.verb != "pull" {
-					end()
+					end(fmt.Errorf("ended by a %s of %s", r.verb, r.who))
 				}
-			case <-beat.C:
-				s.beat.Store(time.Now().Unix())
 			}
 		}
-		end()
+		end(nil)
 		s.busy.Store(0)
 		var wait time.Duration
 		if wait, backoff = s.retry(backoff); wait > 0 {
@@ -452,8 +431,9 @@ func (s *Service) retry(backoff time.Duration) (wait, next time.Duration) {
 		wait = max(time.Until(s.rec.DriftUndone.Add(s.interval)), time.Second)
 	}
 	if p := s.rec.Pin; p != nil && !p.Until.IsZero() {
-		if left := max(time.Until(p.Until), time.Millisecond); wait == 0 || left < wait {
-			wait = left
+		// Once it has passed, what keeps a pass from unpinning has a wait of its own.
+		if left := time.Until(p.Until); wait == 0 || left > 0 && left < wait {
+			wait = max(left, time.Millisecond)
 		}
 	}
 	return wait, next
@@ -496,7 +476,7 @@ func (s *Service) reconcile(ctx context.Context) error {
 		s.rec.Pin = nil
 	}
 	if err := s.preparePackage(ctx); err != nil {
-		return broken(err)
+		return brokenError{err}
 	}
 	if err := s.prepareCheckout(ctx); err != nil {
 		return err
@@ -527,7 +507,10 @@ func (s *Service) preparePackage(ctx context.Context) error {
 	if s.pkg == "" || s.packaged {
 		return nil
 	}
+	// Others' installs may rightly take hours: the watchdog's end of us would be the end of the package manager.
+	s.busy.Store(0)
 	installed, err := ensurePackage(ctx, s.pkg, s.step)
+	s.busy.Store(time.Now().Unix())
 	if installed {
 		slog.Info(fmt.Sprintf("%s: installed package %s", s.service, s.pkg))
 	}
@@ -536,7 +519,7 @@ func (s *Service) preparePackage(ctx context.Context) error {
 }
 
 // prepareCheckout makes sure that there is a clone, undamaged, of the configured upstream, branch, paths and owner. When
-// nothing has changed since the last pass that costs two system calls.
+// nothing has changed since the last pass that costs a few system calls.
 func (s *Service) prepareCheckout(ctx context.Context) error {
 	r := &s.rec
 	if s.checked && s.repo.exists() && lexists(s.repo.dir+"/.git/index") && s.repo.head() == r.Live && r.Live != "" && r.Shape == s.repo.shape() {
@@ -544,14 +527,17 @@ func (s *Service) prepareCheckout(ctx context.Context) error {
 	}
 	acct, err := lookupAccount(ctx, s.user)
 	if err != nil {
-		return broken(err)
+		return brokenError{err}
 	}
 	s.repo.acct, s.cand = acct, candidate{}
 	if !s.repo.exists() {
-		if l := s.looked.Load(); l == nil || l.err != nil { // a look is quick, and says better what is wrong
-			if err := s.lookNow(ctx); err != nil {
-				return err
-			}
+		switch l := s.looked.Load(); { // a look is quick, and says better what is wrong
+		case l == nil:
+			return errors.New("upstream was not looked at yet")
+		case l.err != nil:
+			return l.err
+		case lexists(s.repo.dir + "/.git"):
+			slog.Warn(fmt.Sprintf("%s: %s/.git has no HEAD, fetching it anew", s.service, s.repo.dir))
 		}
 		return s.cloneAnew(ctx, "clone")
 	}
@@ -659,8 +645,8 @@ func (s *Service) choose(ctx context.Context) (want string, verdict error) {
 		return r.Pin.Commit, nil
 	}
 	var missed error
-	if l != nil && l.err != nil && (l.misses > 1 || r.Live == "") {
-		missed = l.err
+	if l != nil && l.err != nil && (l.misses > 1 || r.Live == "" || !s.passed && r.State == stateDiff.String()) {
+		missed = l.err // after a start, a first miss on top of DIFF is not the first
 	}
 	if r.Tip == "" {
 		if want = s.rest(); want == "" {
@@ -692,7 +678,14 @@ func (s *Service) rest() string {
 // judge names everything but the commit that decides whether it is refused for reason.
 func (s *Service) judge(reason string) string {
 	if reason == "signers" {
-		return digest(s.signers)
+		parts := []string{s.signers}
+		for _, f := range []string{s.signers, s.signers + ".revoked"} {
+			if fi, err := os.Stat(f); err == nil { // a mode or an owner can keep git from reading it
+				text, _ := os.ReadFile(f)
+				parts = append(parts, string(text), fi.Mode().String(), fmt.Sprint(owner(fi)))
+			}
+		}
+		return digest(parts...)
 	}
 	return digest(fmt.Sprint(s.check, s.action, s.dirs))
 }
@@ -710,11 +703,10 @@ func (s *Service) refused(content, commit string) *refusal {
 
 // refuse remembers that commit does not go live: the one place that does, whatever refused it.
 func (s *Service) refuse(commit, content string, f *refusal) *refusal {
-	f.Commit, f.Info, f.Judge = commit, oneLine(f.Error()), s.judge(f.Reason)
+	f.Commit, f.Info, f.Judge = commit, oneLine(f.Info), s.judge(f.Reason)
 	if f.Content == "" && f.Reason != "signers" {
 		f.Content = content
 	}
-	f.err = nil
 	for i := range s.rec.Refused {
 		if old := &s.rec.Refused[i]; old.Content == f.Content && old.Judge == f.Judge && old.Reason == f.Reason && (f.Content != "" || old.Commit == commit) {
 			old.Commit, old.Info, old.Doubt, old.Closed = f.Commit, f.Info, f.Doubt, f.Closed // the same once more: news to nobody
@@ -783,7 +775,7 @@ func (s *Service) judgeCommit(ctx context.Context, commit, content, newest strin
 	}
 	if s.gate != nil {
 		if err := s.gate(s.readCandidate); err != nil {
-			return &refusal{Reason: "config", err: fmt.Errorf("commit %.8s: %w", commit, err)}
+			return &refusal{Reason: "config", Info: fmt.Sprintf("commit %.8s: %v", commit, err)}
 		}
 	}
 	if len(s.check) == 0 {
@@ -810,7 +802,7 @@ func (s *Service) layOut(ctx context.Context, commit, content string) error {
 		changes = append(changes, left...)
 	}
 	s.cand = candidate{commit: commit, content: content, changes: changes}
-	if err := s.repo.stage(ctx, changes); err != nil {
+	if err := s.repo.stage(ctx, commit, changes); err != nil {
 		s.cand = candidate{}
 		return err
 	}
@@ -834,14 +826,14 @@ func (s *Service) precheck(ctx context.Context, commit string) error {
 		}
 		t, err := openTarget(d.local, d.file, true, s.repo.acct.uid, s.repo.acct.gid)
 		if err != nil {
-			return broken(err)
+			return brokenError{err}
 		}
 		syscall.Close(t)
 		v.Shows = append(v.Shows, shown{d.local, d.link, d.file})
 	}
-	err := precheck(ctx, filepath.Join(s.stateDir, "check", s.service), v)
+	err := runCheck(ctx, filepath.Join(s.stateDir, "check", s.service), v)
 	if f := (*refusal)(nil); errors.As(err, &f) {
-		f.err = fmt.Errorf("commit %.8s: %w", commit, f.err)
+		f.Info = fmt.Sprintf("commit %.8s: %s", commit, f.Info)
 	}
 	return err
 }
@@ -881,8 +873,8 @@ func (s *Service) readCandidate(name string) ([]byte, error) {
 	return data, err
 }
 
-// secondTry says whether what was taken back deserves to be tried once more: the last good commit had failed as well, and
-// runs again by now, so that it was not the commit's fault.
+// secondTry says whether what was taken back deserves to be tried once more, and notes that it is being tried: the last good
+// commit had failed as well, and runs again by now, so that it was not the commit's fault.
 func (s *Service) secondTry(f *refusal) bool {
 	r := &s.rec
 	if f.Doubt && r.Content == r.GoodContent && r.Told == r.Content && s.err != nil {
@@ -902,7 +894,7 @@ func (s *Service) goLive(ctx context.Context, commit string) error {
 		return ctx.Err()
 	}
 	if err := s.mountAll(); err != nil {
-		return broken(err)
+		return brokenError{err}
 	}
 	if err := s.repo.tidy(finish(ctx)); err != nil {
 		return err
@@ -961,7 +953,7 @@ func (s *Service) files(ctx context.Context, commit string) error {
 	}
 	if len(edited) > 0 {
 		count.addFloat("gitopper_service_drift_total", labels("service", s.service), float64(len(edited)))
-		slog.Warn(fmt.Sprintf("%s: local edits undone, kept as a patch: %s", s.service, strings.Join(edited, " ")))
+		slog.Warn(fmt.Sprintf("%s: local edits undone, kept as a patch in %s: %s", s.service, filepath.Join(s.stateDir, "patches", s.service), strings.Join(edited, " ")))
 	}
 	if len(cand.changes) > 0 && commit != r.Live {
 		slog.Info(fmt.Sprintf("%s: %.8s is live", s.service, commit), "before", fmt.Sprintf("%.8s", r.Live), "files", len(cand.changes))
@@ -999,11 +991,8 @@ func (s *Service) drift(ctx context.Context) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		still := map[string]bool{}
-		for _, c := range changes {
-			still[c.path] = true
-		}
-		edited = slices.DeleteFunc(edited, func(p string) bool { return !still[p] })
+		still := paths(changes)
+		edited = slices.DeleteFunc(edited, func(p string) bool { _, found := slices.BinarySearch(still, p); return !found })
 	}
 	if len(edited) == 0 {
 		s.snap, err = s.repo.snap(ctx)
@@ -1011,11 +1000,13 @@ func (s *Service) drift(ctx context.Context) ([]string, error) {
 	return edited, err
 }
 
+// paths returns the paths of changes, sorted.
 func paths(changes []change) []string {
 	var p []string
 	for _, c := range changes {
 		p = append(p, c.path)
 	}
+	slices.Sort(p)
 	return p
 }
 
@@ -1036,11 +1027,14 @@ func (s *Service) keepPatch(ctx context.Context, commit string, files []string) 
 	err = s.repo.patch(ctx, commit, files, f)
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		os.Remove(name)
+		if pe, ok := errors.AsType[*fs.PathError](err); ok {
+			err = fmt.Errorf("%s: %w", dir, pe.Err) // without a name that is another at each try
+		}
 		return fmt.Errorf("keep local edits of %.200s: %w: revert them by hand, or move them away", strings.Join(files, " "), err)
 	}
-	old, err := filepath.Glob(filepath.Join(dir, "*.patch"))
+	old, err := os.ReadDir(dir) // by name, so the oldest first
 	for ; err == nil && len(old) > 20; old = old[1:] {
-		err = os.Remove(old[0])
+		err = os.Remove(filepath.Join(dir, old[0].Name()))
 	}
 	return err
 }
@@ -1099,8 +1093,9 @@ func (s *Service) mountAll() error {
 	if errs != nil {
 		return errs
 	}
-	s.swept = true
-	return s.sweep()
+	err = s.sweep()
+	s.swept = err == nil
+	return err
 }
 
 // lexists says whether there is something of that name, be it a link to nowhere.
@@ -1158,6 +1153,7 @@ func (s *Service) sweep() error {
 		}
 	}
 	s.rec.Made = append(keep, unmake(made)...)
+	slices.Sort(s.rec.Made)
 	s.rec.Mounts = slices.DeleteFunc(s.rec.Mounts, func(l string) bool { return !wanted[l] })
 	return s.save()
 }
@@ -1174,12 +1170,12 @@ func (s *Service) serve(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		s.step(s.action)
 		units := slices.ContainsFunc(s.dirs, func(d dir) bool { return inUnitDir(d.local) })
-		if err := tell(finish(ctx), s.service, s.action, units); err != nil {
-			return broken(err)
+		verb, err := tell(finish(ctx), s.service, s.action, units, s.step)
+		if err != nil {
+			return brokenError{err}
 		}
-		slog.Info(fmt.Sprintf("%s: told by %s", s.service, s.action), "commit", fmt.Sprintf("%.8s", r.Live))
+		slog.Info(fmt.Sprintf("%s: told by %s", s.service, cmp.Or(verb, "nothing, for it is not up and will be triggered")), "commit", fmt.Sprintf("%.8s", r.Live))
 		r.Told, r.Boot = r.Content, boot
 		if err := s.save(); err != nil {
 			return err
@@ -1203,7 +1199,7 @@ func (s *Service) serve(ctx context.Context) error {
 					return serr
 				}
 			}
-			return broken(err)
+			return brokenError{err}
 		}
 		return s.settled()
 	}
@@ -1211,12 +1207,12 @@ func (s *Service) serve(ctx context.Context) error {
 	if u == nil || s.err != nil || u.at.Before(s.toldAt) {
 		units, err := showUnits(ctx, s.service)
 		if err != nil {
-			return broken(err)
+			return brokenError{err}
 		}
 		u = &units[0]
 	}
 	if !u.well(s.action) {
-		return broken(errors.New(u.describe()))
+		return brokenError{errors.New(u.describe())}
 	}
 	return s.settled()
 }
@@ -1250,7 +1246,7 @@ func (s *Service) fallsBack(ctx context.Context, err error) bool {
 func (s *Service) takeBack(ctx context.Context, cause error) error {
 	r := &s.rec
 	second := r.Second == r.Content
-	verdict := *s.refuse(r.Live, r.Content, &refusal{Reason: "fallback", Closed: second, err: fmt.Errorf("commit %.8s taken back, %.8s runs: %w", r.Live, r.Good, cause)})
+	verdict := *s.refuse(r.Live, r.Content, &refusal{Reason: "fallback", Closed: second, Info: fmt.Sprintf("commit %.8s taken back, %.8s runs; with %.8s: %v", r.Live, r.Good, r.Live, cause)})
 	r.Second = ""
 	if err := s.save(); err != nil {
 		return err
@@ -1261,7 +1257,7 @@ func (s *Service) takeBack(ctx context.Context, cause error) error {
 		return cmp.Or(err, error(&verdict))
 	}
 	s.doubt(&verdict)
-	return broken(fmt.Errorf("%w; %w", &verdict, err))
+	return brokenError{fmt.Errorf("%w; %w", &verdict, err)}
 }
 
 // doubt notes that the last good commit fails as well as the one that was taken back for it, which was perhaps not to blame.
@@ -1305,7 +1301,9 @@ func (s *Service) operate(ctx context.Context, o op) error {
 		}
 		lookErr = s.lookNow(ctx)
 	case "rollback":
-		if err := s.rollback(ctx, o); err != nil {
+		if err := s.rollback(ctx, o); ctx.Err() != nil {
+			return &opError{status: "Conflict", err: interrupted(ctx)}
+		} else if err != nil {
 			return err
 		}
 	}
@@ -1316,16 +1314,27 @@ func (s *Service) operate(ctx context.Context, o op) error {
 	s.publishStatus()
 	err := s.reconcile(ctx)
 	s.conclude(ctx, err)
-	if ctx.Err() != nil {
-		return &opError{status: "Conflict", err: errors.New("ended by another command, or because gitopper is stopping"), done: true}
+	if o.verb == "freeze" {
+		return nil // what else the pass found is not of it
 	}
-	if s.err != nil && o.verb != "freeze" {
+	if ctx.Err() != nil {
+		return &opError{status: "Conflict", err: interrupted(ctx), done: true}
+	}
+	if s.err != nil {
 		return &opError{status: "Internal Server Error", err: fmt.Errorf("%s is %s: %s", s.service, s.Status().State, oneLine(s.err.Error())), done: true}
 	}
 	if lookErr != nil {
 		return &opError{status: "Internal Server Error", err: lookErr, done: true}
 	}
 	return nil
+}
+
+// interrupted says what ended ctx: another operator, or our own end.
+func interrupted(ctx context.Context) error {
+	if end, ok := errors.AsType[ending](context.Cause(ctx)); ok {
+		return fmt.Errorf("gitopper is stopping: %w", end)
+	}
+	return context.Cause(ctx)
 }
 
 // rollback finds out whether the commit can run, changing nothing if it can't, and then pins the service to it.
@@ -1400,7 +1409,6 @@ func lookAt(ctx context.Context, services []*Service) error {
 		}
 		if old == nil || old.at.Before(at) {
 			s.looked.Store(l)
-			s.nudge()
 		}
 	}
 	return missing
@@ -1417,6 +1425,9 @@ func watchUpstream(ctx context.Context, services []*Service, interval time.Durat
 			wait = backoff
 		} else {
 			backoff = 0
+		}
+		for _, s := range services {
+			s.nudge()
 		}
 		select {
 		case <-time.After(wait):

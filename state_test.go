@@ -130,6 +130,12 @@ func newWorld(t testing.TB) *world {
 	return w
 }
 
+// look looks at upstream and wakes the service, as watchUpstream does.
+func (w *world) look(ctx context.Context) {
+	_ = lookAt(ctx, []*Service{w.s})
+	w.s.nudge()
+}
+
 // restart gives the service a new life, as a new process would.
 func (w *world) restart() {
 	w.t.Helper()
@@ -294,7 +300,7 @@ func TestUpstreamTrouble(t *testing.T) {
 	w := newWorld(t)
 	os.Rename(w.up, w.up+".away")
 	w.reconcile()
-	w.want("DIFF", "git ls-remote: exit status 128", "error: open "+w.dir+"/local/etc/app.conf: no such file or directory", "")
+	w.want("DIFF", "git ls-remote file://"+w.up+": exit status 128", "error: open "+w.dir+"/local/etc/app.conf: no such file or directory", "")
 	os.Rename(w.up+".away", w.up)
 	w.reconcile()
 	w.want("OK", "", "one\n", "reload")
@@ -775,7 +781,7 @@ func TestUnitTrouble(t *testing.T) {
 	// A commit on which the reload fails is taken back, and not tried again.
 	bad := w.commit("etc/app.conf", "bad\n")
 	w.reconcile()
-	w.want("BROKEN", fmt.Sprintf("commit %.8s taken back, %.8s runs: systemctl reload", bad, good), "one\n", "reload, reload")
+	w.want("BROKEN", fmt.Sprintf("commit %.8s taken back, %.8s runs; with %.8s: systemctl reload", bad, good, bad), "one\n", "reload, reload")
 	w.reconcile()
 	w.want("BROKEN", "taken back", "one\n", "")
 	w.restart()
@@ -828,7 +834,6 @@ func TestUnitTrouble(t *testing.T) {
 
 	// Later trouble changes no files, and is not ours to mend.
 	w.write("fake/svc.service", "failed")
-	w.s.unit.Store(nil)
 	w.reconcile()
 	w.want("BROKEN", "unit svc.service is failed", "fine\n", "")
 	w.reconcile()
@@ -931,7 +936,7 @@ func TestServiceLoop(t *testing.T) {
 	w := newWorld(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	go w.s.run(ctx)
-	_ = lookAt(ctx, []*Service{w.s})
+	w.look(ctx)
 	wait := func(what string, ok func(*Status) bool) {
 		t.Helper()
 		for end := time.Now().Add(20 * time.Second); !ok(w.s.Status()); time.Sleep(5 * time.Millisecond) {
@@ -958,7 +963,7 @@ func TestServiceLoop(t *testing.T) {
 	if err := w.s.do(ctx, op{verb: "rollback", hash: h, who: "b"}); err != nil {
 		t.Error(err)
 	}
-	if err := <-pulled; err != nil && !strings.Contains(err.Error(), "ended by another command") {
+	if err := <-pulled; err != nil && !strings.Contains(err.Error(), "ended by a rollback of b") {
 		t.Errorf("unfreeze: %v", err)
 	}
 	wait("rollback", func(st *Status) bool { return st.State == "FREEZE" && st.Commit == h })
@@ -987,11 +992,11 @@ func TestRefusedCommandDoesNotEndTheTrial(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer func() { cancel(); <-w.s.ended }()
 	go w.s.run(ctx)
-	_ = lookAt(ctx, []*Service{w.s})
+	w.look(ctx)
 	eventually(t, "first", func() bool { return w.s.Status().State == "OK" }, 20*time.Second)
 	w.calls()
 	w.commit("etc/app.conf", "bad\n", "one.conf", "new\n")
-	_ = lookAt(ctx, []*Service{w.s})
+	w.look(ctx)
 	eventually(t, "told", func() bool { b, _ := os.ReadFile(w.fake + "/calls"); return len(b) > 0 }, 20*time.Second)
 	os.WriteFile(w.fake+"/svc.service", []byte("failed"), 0o644) // the unit dies during settle
 	if err := w.s.do(ctx, op{verb: "rollback", hash: "abcdabcd"}); err == nil {
@@ -1097,7 +1102,7 @@ func TestDoubtSurvivesKill(t *testing.T) {
 			}
 		}
 	}
-	_ = lookAt(ctx, []*Service{w.s})
+	w.look(ctx)
 	w.s.pass(ctx)
 	w.restart()
 	for range 2 {
@@ -1280,7 +1285,6 @@ func TestPullAfterRestart(t *testing.T) {
 	w := newWorld(t)
 	w.reconcile()
 	w.write("fake/svc.service", "failed")
-	w.s.unit.Store(nil)
 	w.reconcile()
 	w.want("BROKEN", "is failed", "one\n", "reload")
 	w.restart()

@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,7 +19,7 @@ const actionLimit = 5 * time.Minute
 // unit is what systemd knows of a unit, in the words of systemctl show.
 type unit struct {
 	ID, LoadState, ActiveState, SubState, Result, Type, NeedDaemonReload string
-	InvocationID, NRestarts, MainPID, ExecMainStatus, Job                string
+	InvocationID, MainPID, ExecMainStatus, Job                           string
 	LoadError                                                            string
 	TriggeredBy                                                          []string
 	triggered                                                            bool      // one of TriggeredBy is active
@@ -67,7 +66,7 @@ func showUnits(ctx context.Context, names ...string) ([]unit, error) {
 
 func show(ctx context.Context, names []string) ([]unit, error) {
 	now := time.Now()
-	out, err := systemctl(ctx, localLimit, append([]string{"show", "-p", "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload,InvocationID,NRestarts,MainPID,ExecMainStatus,TriggeredBy,Job", "--"}, names...)...)
+	out, err := systemctl(ctx, localLimit, append([]string{"show", "-p", "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload,InvocationID,MainPID,ExecMainStatus,TriggeredBy,Job", "--"}, names...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -90,7 +89,7 @@ func parseUnits(out string) ([]unit, error) {
 	for block := range strings.SplitSeq(strings.TrimSpace(out), "\n\n") {
 		var u unit
 		fields := map[string]*string{"Id": &u.ID, "LoadState": &u.LoadState, "ActiveState": &u.ActiveState, "SubState": &u.SubState, "Result": &u.Result,
-			"Type": &u.Type, "NeedDaemonReload": &u.NeedDaemonReload, "InvocationID": &u.InvocationID, "NRestarts": &u.NRestarts, "MainPID": &u.MainPID,
+			"Type": &u.Type, "NeedDaemonReload": &u.NeedDaemonReload, "InvocationID": &u.InvocationID, "MainPID": &u.MainPID,
 			"ExecMainStatus": &u.ExecMainStatus, "Job": &u.Job, "LoadError": &u.LoadError}
 		for line := range strings.SplitSeq(block, "\n") {
 			k, v, ok := strings.Cut(line, "=")
@@ -113,6 +112,8 @@ func (u *unit) up() bool {
 	switch u.ActiveState {
 	case "active", "reloading":
 		return true
+	case "activating":
+		return u.Type == "oneshot" && u.SubState != "auto-restart" // its timer or socket has it at work
 	case "inactive":
 		return u.triggered || u.Type == "oneshot" && u.Result == "success"
 	}
@@ -130,7 +131,7 @@ func (u *unit) well(action string) bool {
 // describe gives systemd's words for a unit that isn't up.
 func (u *unit) describe() string {
 	if u.LoadState != "loaded" {
-		return fmt.Sprintf("unit %s is %s %s", u.ID, u.LoadState, u.LoadError)
+		return fmt.Sprintf("unit %s is %s %s: name the package that brings it, or mend service or the unit", u.ID, u.LoadState, u.LoadError)
 	}
 	s := fmt.Sprintf("unit %s is %s (%s", u.ID, u.ActiveState, u.SubState)
 	if u.Result != "" && u.Result != "success" {
@@ -143,11 +144,12 @@ func (u *unit) describe() string {
 }
 
 // tell makes a unit take notice of changed files: daemon-reload if needed, enable for a template instance, reset-failed,
-// then action, or start if it is not up. reload says that something changed at or below a directory of units.
-func tell(ctx context.Context, name, action string, reload bool) error {
+// then action, or start if it is not up. reload says that something changed at or below a directory of units. It returns
+// the verb that systemd was given, none for a unit that waits to be triggered.
+func tell(ctx context.Context, name, action string, reload bool, step func(string)) (verb string, err error) {
 	units, err := showUnits(ctx, name)
 	if err != nil {
-		return err
+		return "", err
 	}
 	u := units[0]
 	// NeedDaemonReload alone doesn't tell: it stays no when the file mounted in place of the loaded one is older.
@@ -155,44 +157,42 @@ func tell(ctx context.Context, name, action string, reload bool) error {
 		select {
 		case reloadLock <- struct{}{}:
 		case <-ctx.Done():
-			return ctx.Err()
+			return "", ctx.Err()
 		}
 		_, err := systemctl(ctx, localLimit, "daemon-reload")
 		<-reloadLock
 		if err != nil {
-			return err
+			return "", err
 		}
 		if units, err = showUnits(ctx, name); err != nil {
-			return err
+			return "", err
 		}
 		u = units[0]
 	}
 	if u.LoadState != "loaded" {
-		return errors.New(u.describe())
+		return "", errors.New(u.describe())
 	}
 	if strings.Contains(name, "@") {
 		// Its exit status only repeats the word.
 		if out, _ := systemctl(ctx, localLimit, "is-enabled", "--", name); strings.TrimSpace(string(out)) == "disabled" {
 			if _, err := systemctl(ctx, localLimit, "enable", "--", name); err != nil {
-				return err
+				return "", err
 			}
 		}
 	}
 	if u.ActiveState == "inactive" && u.triggered {
-		return nil
+		return "", nil
 	}
 	if u.ActiveState == "reloading" { // left by an action of ours that was killed: the next would wait behind it
 		cancelJob(ctx, name)
 	}
 	if u.ActiveState == "failed" || u.SubState == "auto-restart" {
 		if _, err := systemctl(ctx, localLimit, "reset-failed", "--", name); err != nil {
-			return err
+			return "", err
 		}
 	}
-	verb := verbFor(&u, action)
-	if verb == "" {
-		return nil
-	}
+	verb = verbFor(&u, action)
+	step(verb)
 	start := time.Now()
 	_, err = systemctl(ctx, actionLimit, verb, "--", name)
 	result := "ok"
@@ -203,7 +203,7 @@ func tell(ctx context.Context, name, action string, reload bool) error {
 	}
 	count.add("gitopper_service_actions_total", labels("service", name, "result", result))
 	count.addFloat("gitopper_service_action_seconds_total", labels("service", name, "result", result), time.Since(start).Seconds())
-	return err
+	return verb, err
 }
 
 // verbFor is the systemctl verb that makes u run with today's files.
@@ -242,31 +242,27 @@ func lastWords(ctx context.Context, name string, start time.Time) string {
 }
 
 // settle watches a unit for the time given after an action and returns an error as soon as it is not up, or restarts
-// by itself. Kill may make it restart once.
+// by itself. A unit that is killed may be down, and come back, until the time is over.
 func settle(ctx context.Context, name, action string, watch time.Duration) (u unit, err error) {
-	start := time.Now()
-	var first *unit
+	start, invocation := time.Now(), ""
 	for {
 		units, err := showUnits(ctx, name)
 		if err != nil {
 			return u, err
 		}
 		u = units[0]
-		down := !u.well(action)
-		if action == "kill" && time.Since(start) < watch {
-			down, first = false, nil // it is meant to end, and to come back
-		}
-		// A unit of Type=simple counts as active the moment it is started: a crash loop shows as a new invocation.
-		if first != nil && (u.InvocationID != first.InvocationID || u.NRestarts != first.NRestarts) {
-			down = true
-			u.SubState += ", restarted by systemd"
-		}
-		if down {
-			return u, errors.New(u.describe() + lastWords(ctx, name, start.Add(-time.Second)))
-		}
-		if first == nil {
-			f := u
-			first = &f
+		if action != "kill" || time.Since(start) >= watch { // before that it is meant to end, and to come back
+			// A unit of Type=simple counts as active the moment it is started: a crash loop shows as a new invocation.
+			again := invocation != "" && u.InvocationID != invocation
+			if again {
+				u.SubState += ", restarted by systemd"
+			}
+			if again || !u.well(action) {
+				return u, errors.New(u.describe() + lastWords(ctx, name, start.Add(-time.Second)))
+			}
+			if u.ActiveState != "inactive" && u.Type != "oneshot" { // what starts those is no crash, but a socket or timer
+				invocation = u.InvocationID
+			}
 		}
 		left := watch - time.Since(start)
 		if left <= 0 {
@@ -293,15 +289,8 @@ func (u *unit) seesOld(local string) bool {
 
 // inUnitDir says whether local is, is in, or is around a directory of systemd units. See systemd.unit(5).
 func inUnitDir(local string) bool {
-	if local == "" {
-		return false
-	}
-	for _, d := range []string{"/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"} {
-		if local == d || strings.HasPrefix(local, d+"/") || strings.HasPrefix(d, local+"/") {
-			return true
-		}
-	}
-	return false
+	return local != "" && slices.ContainsFunc([]string{"/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"},
+		func(d string) bool { return nested(local, d) })
 }
 
 // notify tells systemd of our own state, as sd_notify(3) describes it; without systemd it does nothing.
@@ -309,10 +298,7 @@ func notify(socket, state string) {
 	if socket == "" {
 		return
 	}
-	if socket[0] == '@' {
-		socket = "\x00" + socket[1:]
-	}
-	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: socket, Net: "unixgram"})
+	c, err := net.Dial("unixgram", socket)
 	if err != nil {
 		return
 	}
@@ -334,6 +320,8 @@ Description=GitOps for this host
 Documentation=man:git(1) man:systemctl(1)
 Wants=network-online.target
 After=network-online.target local-fs.target
+# A wrong config is looked at again until it is right.
+StartLimitIntervalSec=0
 # A unit whose files are mounted by gitopper starts on them with: After=gitopper.service
 
 [Service]
@@ -365,6 +353,6 @@ WantedBy=multi-user.target
 
 // bootID identifies this boot of the host. See random(4).
 func bootID() string {
-	id, _ := os.ReadFile(path.Join("/proc/sys/kernel/random", "boot_id"))
+	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	return strings.TrimSpace(string(id))
 }

@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 	"unicode"
 )
@@ -296,16 +295,14 @@ type outcome struct {
 // askAll sends the request to every host, some at a time, and returns at once: host i's outcome is sent on channel i.
 func (c *client) askAll(ctx context.Context, hosts []host, request string, limit time.Duration) []chan outcome {
 	outcomes := make([]chan outcome, len(hosts))
-	for i := range outcomes {
+	slots := make(chan bool, parallel)
+	for i, h := range hosts {
 		outcomes[i] = make(chan outcome, 1)
-	}
-	var next atomic.Int64
-	for range min(parallel, len(hosts)) {
 		go func() {
-			for i := int(next.Add(1)) - 1; i < len(hosts); i = int(next.Add(1)) - 1 {
-				answer, err := c.ask(ctx, hosts[i], request, limit)
-				outcomes[i] <- outcome{answer, err}
-			}
+			slots <- true
+			answer, err := c.ask(ctx, h, request, limit)
+			<-slots
+			outcomes[i] <- outcome{answer, err}
 		}()
 	}
 	return outcomes

@@ -94,6 +94,9 @@ func (c *client) connect(ctx context.Context, h host) (*ssh.Client, error) {
 	defer cancel()
 	_, port, _ := net.SplitHostPort(h.addr)
 	conn, err := c.dial(ctx, "tcp", h.addr)
+	if dns := (*net.DNSError)(nil); errors.As(err, &dns) && ctx.Err() == nil {
+		return nil, err
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: does gitopper listen there, on port %s?", cmp.Or(context.Cause(ctx), err), port)
 	}
