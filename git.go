@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha1"
@@ -191,8 +192,12 @@ type repo struct {
 	acct                  account
 }
 
-// links returns the paths of interest, cleaned, each once.
+// links returns the paths of interest, cleaned, each once. Where there are none it is a path that no tree has, for git takes
+// no path for all of them.
 func (r *repo) links() []string {
+	if len(r.dirs) == 0 {
+		return []string{".git"}
+	}
 	var l []string
 	for _, d := range r.dirs {
 		l = append(l, d.link)
@@ -585,6 +590,10 @@ var errIndex = errors.New("index does not match HEAD")
 // fetch brings the branch's history up to date and returns its newest commit. File contents come with prefetch.
 func (r *repo) fetch(ctx context.Context) (string, error) {
 	ref := "refs/remotes/origin/" + r.branch
+	// Whatever somebody made of it in the checkout.
+	if _, err := r.local(ctx, "config", "--local", "--replace-all", "remote.origin.url", r.upstream); err != nil {
+		return "", err
+	}
 	_, err := r.run(ctx, fetchLimit, true, nil, "fetch", "-q", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no", "--filter=blob:none",
 		"origin", "+refs/heads/"+r.branch+":"+ref)
 	if err != nil {
@@ -789,10 +798,17 @@ func (r *repo) stage(ctx context.Context, commit string, changes []change) error
 		cmd.Env = append(cmd.Env, "GIT_INDEX_FILE="+r.dir+"/"+workDir+"/index")
 		cmd.Stdin = bytes.NewReader(names.Bytes())
 		if _, err := runGit(ctx, args[0], cmd, localLimit); err != nil {
+			var fs syscall.Statfs_t
+			if syscall.Statfs(r.dir, &fs) == nil && fs.Bavail == 0 { // which git does not say
+				err = fmt.Errorf("%w: %s: %w", err, r.dir, syscall.ENOSPC)
+			}
 			return fmt.Errorf("lay out commit's files: %w", err)
 		}
 	}
 	for _, c := range changes {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		if c.status == 'A' || !strings.HasPrefix(c.mode, "100") {
 			continue
 		}
@@ -817,21 +833,22 @@ func (r *repo) publish(ctx context.Context, commit string, changes []change) err
 		return err
 	}
 	defer root.Close()
-	var names bytes.Buffer
-	put := map[string]bool{}
+	var index bytes.Buffer
+	put, old := map[string]bool{}, map[string]bool{}
+	for _, c := range changes {
+		old[c.path] = c.status != 'D'
+	}
 	for _, c := range changes {
 		if c.status == 'A' {
 			continue
 		}
-		if err := r.put(root, c, commit); err != nil {
+		if err := r.put(root, c, commit, old); err != nil {
 			return fmt.Errorf("publish %s: %w", c.path, err)
 		}
 		for p := c.path; p != "."; p = path.Dir(p) {
 			put[p] = true
 		}
-		if c.mode != "160000" {
-			names.WriteString(c.path + "\x00")
-		}
+		fmt.Fprintf(&index, "%s %s\t%s\x00", c.mode, c.oid, c.path)
 	}
 	for _, c := range changes {
 		if c.status != 'A' {
@@ -849,16 +866,19 @@ func (r *repo) publish(ctx context.Context, commit string, changes []change) err
 		}
 		for p := path.Dir(c.path); p != "." && !slices.Contains(r.links(), p) && root.Remove(p) == nil; p = path.Dir(p) {
 		}
-		names.WriteString(c.path + "\x00")
+		fmt.Fprintf(&index, "0 %s\t%s\x00", strings.Repeat("0", len(commit)), c.path)
 	}
-	if names.Len() > 0 {
-		if _, err := r.run(ctx, localLimit, false, names.Bytes(), "update-index", "-z", "--add", "--remove", "--replace", "--stdin"); err != nil {
+	if index.Len() > 0 {
+		if _, err := r.run(ctx, localLimit, false, index.Bytes(), "update-index", "-z", "--add", "--remove", "--replace", "--index-info"); err != nil {
 			return err
 		}
 	}
-	// The index has the new files already, so this writes none; it brings the rest of the index to commit.
-	if _, err := r.local(ctx, "read-tree", "--reset", "-u", commit); err != nil {
-		return err
+	// The index has the new files already, so this brings the rest of it to commit, and leaves alone what somebody edited since
+	// it was put there. An index that is neither HEAD's nor commit's is what a publish that was cut short leaves.
+	if _, err := r.local(ctx, "read-tree", "-m", "-u", "HEAD", commit); err != nil {
+		if _, err := r.local(ctx, "read-tree", "--reset", "-u", commit); err != nil {
+			return err
+		}
 	}
 	if err := r.moveHead(ctx, commit, true); err != nil {
 		return err
@@ -886,8 +906,55 @@ func (r *repo) ranHere(commit string) bool {
 	if _, err := root.Lstat(".git/" + ranRefs + commit); err == nil {
 		return true
 	}
-	packed, err := readSmall(root, ".git/packed-refs")
-	return err == nil && strings.Contains(string(packed), ranRefs+commit)
+	packed, err := openRegular(root, ".git/packed-refs")
+	if err != nil {
+		return false
+	}
+	defer packed.Close()
+	for lines := bufio.NewScanner(packed); lines.Scan(); {
+		if strings.HasSuffix(lines.Text(), " "+ranRefs+commit) {
+			return true
+		}
+	}
+	return false
+}
+
+// setHead makes HEAD hold a commit where git itself would not take the clone for one.
+func (r *repo) setHead(commit string) error {
+	root, err := r.open()
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return r.writeFile(root, ".git/HEAD", []byte(commit+"\n"))
+}
+
+// giveBack gives the tracked files below the links, and the directories above them, back to the checkout's owner, who could
+// not read what root saved over them.
+func (r *repo) giveBack(ctx context.Context) error {
+	out, err := r.local(ctx, append([]string{"ls-files", "-z", "--"}, r.links()...)...)
+	if err != nil {
+		return err
+	}
+	root, err := r.open()
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	seen := map[string]bool{}
+	for p := range strings.SplitSeq(string(out), "\x00") {
+		for ; p != "." && p != "" && !seen[p]; p = path.Dir(p) {
+			seen[p] = true
+			fi, err := root.Lstat(p)
+			if err != nil || owner(fi) == r.acct.uid || !fi.IsDir() && fi.Sys().(*syscall.Stat_t).Nlink > 1 {
+				continue
+			}
+			if err := root.Lchown(p, r.acct.uid, r.acct.gid); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func isDir(root *os.Root, name string) bool {
@@ -897,8 +964,8 @@ func isDir(root *os.Root, name string) bool {
 
 // put moves one staged path to where it is live. Where its parent directories are missing too, the topmost of them is moved
 // with all that is in it; where something of another kind is in the way, the two are exchanged, so that the name never
-// goes missing. What git does not know and lay in the way is kept as NAME.before-HASH.
-func (r *repo) put(root *os.Root, c change, commit string) error {
+// goes missing. What git does not know and lay in the way is kept as NAME.before-HASH; old are the paths it does know.
+func (r *repo) put(root *os.Root, c change, commit string, old map[string]bool) error {
 	if _, err := root.Lstat(stageDir + "/" + c.path); errors.Is(err, fs.ErrNotExist) {
 		return nil // went live with a directory above it
 	}
@@ -915,7 +982,7 @@ func (r *repo) put(root *os.Root, c change, commit string) error {
 		return root.Rename(staged, top)
 	case err != nil:
 		return err
-	case top == c.path && !live.IsDir():
+	case top == c.path && !live.IsDir() && c.mode != "160000":
 		if c.status == 'D' && !r.same(root, c) { // there, but not in the index: somebody's own
 			if err := root.Link(top, before); err != nil {
 				return err
@@ -923,13 +990,13 @@ func (r *repo) put(root *os.Root, c change, commit string) error {
 			r.tellKept(top, before)
 		}
 		return root.Rename(staged, top)
-	case top == c.path && c.mode == "160000":
+	case top == c.path && live.IsDir() && c.mode == "160000":
 		return nil
 	}
 	if err := exchange(root, staged, top); err != nil {
 		return err
 	}
-	if r.allTracked(root, staged, top, live.IsDir()) {
+	if !live.IsDir() && old[top] || live.IsDir() && r.allTracked(root, staged, top) {
 		return root.RemoveAll(staged)
 	}
 	r.tellKept(top, before)
@@ -940,12 +1007,11 @@ func (r *repo) tellKept(name, as string) {
 	slog.Warn(fmt.Sprintf("%s: %s was in the way of a commit, kept as %s", r.dir, name, as))
 }
 
-// allTracked says whether all that lies at staged, which was live at top a moment ago, is in the index. A file where the
-// index has a directory is what a publish that was cut short put there.
-func (r *repo) allTracked(root *os.Root, staged, top string, isDir bool) bool {
+// allTracked says whether all that lies in the directory at staged, which was live at top a moment ago, is in the index.
+func (r *repo) allTracked(root *os.Root, staged, top string) bool {
 	out, err := r.local(context.Background(), "ls-files", "-z", "--", top)
-	if err != nil || !isDir {
-		return len(out) > 0
+	if err != nil {
+		return false
 	}
 	tracked := strings.Split(string(out), "\x00")
 	return nil == fs.WalkDir(root.FS(), staged, func(p string, d fs.DirEntry, err error) error {
@@ -1089,13 +1155,22 @@ func (r *repo) find(ctx context.Context, hash string) (commit string, ran bool, 
 	return commit, false, nil
 }
 
+// descends returns an error unless commit is older, or descends from it, or that is empty.
+func (r *repo) descends(ctx context.Context, commit, older string) error {
+	if older == "" {
+		return nil
+	}
+	_, err := r.local(ctx, "merge-base", "--is-ancestor", older, commit)
+	return err
+}
+
 // verify checks that commit carries an SSH signature by one of the allowed signers, and descends from newest (unless
 // that is empty). Keys in the file signers.revoked, if there is one, sign nothing. Other kinds of signature are given no
 // program to be verified with, or a key in somebody's keyring would do.
 func (r *repo) verify(ctx context.Context, commit, signers, newest string) error {
 	if newest != "" {
 		// Any failure refuses: where newest is unknown in this clone (made anew after a forced push) descent can't be shown.
-		if _, err := r.local(ctx, "merge-base", "--is-ancestor", newest, commit); ctx.Err() != nil {
+		if err := r.descends(ctx, commit, newest); ctx.Err() != nil {
 			return err
 		} else if err != nil {
 			return &refusal{Reason: "signers", Info: fmt.Sprintf("commit %.8s does not descend from %.8s, which ran here: push a signed commit on top of that (%v)", commit, newest, err)}

@@ -328,12 +328,12 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 func (a *agent) live(ctx context.Context, end context.CancelCauseFunc, c *config, services []*Service, sshListener net.Listener, stdout io.Writer) error {
 	startCounters(services)
 	a.services.Store(&services)
-	a.mountFirst(ctx, services)
 	if len(c.services) > 0 {
 		a.retire(services)
 	} else {
 		slog.Warn(fmt.Sprintf("%s: no entry for this machine (%s): nothing is unmounted", a.configPath(), strings.Join(a.names, ", ")))
 	}
+	a.mountFirst(ctx, services)
 	var server *sshServer
 	var err error
 	if sshListener != nil {
@@ -515,9 +515,14 @@ func signersUsable(ctx context.Context) error {
 // mountFirst mounts what is checked out already, without network and without systemd, so that units ordered after us start
 // on their files. What can't be mounted is reported by the first pass.
 func (a *agent) mountFirst(ctx context.Context, services []*Service) {
+	for _, s := range services { // one may have a local now that was another's
+		if err := s.sweep(); err != nil {
+			slog.Warn(fmt.Sprintf("%s: %v", s.service, err))
+		}
+	}
 	for _, s := range services {
-		if s.rec.Live == "" && !s.legacy || !s.repo.exists() {
-			continue
+		if s.rec.Live == "" && !s.legacy || !s.repo.exists() || len(s.check) > 0 && s.rec.Shape != s.repo.shape() {
+			continue // the last: what other dirs show is to be checked first
 		}
 		acct, err := lookupAccount(ctx, s.user)
 		if s.repo.acct = acct; err == nil {
@@ -538,7 +543,11 @@ func (a *agent) retire(services []*Service) {
 			continue
 		}
 		rec, data, err := readRecord(f)
-		if err != nil || len(rec.Mounts) == 0 && len(rec.Made) == 0 {
+		if err != nil {
+			slog.Error(fmt.Sprintf("%s: left the config, but its record can't be read, and its mounts stay: %v", name, err))
+			continue
+		}
+		if len(rec.Mounts) == 0 && len(rec.Made) == 0 {
 			continue
 		}
 		s := &Service{spec: spec{service: name}, stateDir: a.stateDir, rec: rec, saved: data}

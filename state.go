@@ -152,10 +152,11 @@ type Service struct {
 	edits    string    // edits that were reported and not undone
 	cand     candidate // what was laid out and judged, to be published
 	toldAt   time.Time
-	legacy   bool // there is a checkout, but no record of it
-	force    bool // an operator wants local edits undone now
-	partial  bool // a pass was begun and has not come to its end
-	fetched  bool // since git last had a chance to pack what fetches leave
+	legacy   bool  // there is a checkout, but no record of it
+	force    bool  // an operator wants local edits undone now
+	partial  bool  // a pass was begun and has not come to its end
+	fetched  bool  // since git last had a chance to pack what fetches leave
+	used     *look // the last one whose outcome was used
 	step     func(string)
 
 	requests chan request
@@ -195,12 +196,20 @@ func newService(sp spec, stateDir string, interval time.Duration) *Service {
 	default:
 		slog.Error(fmt.Sprintf("%s: record can't be read, pinned to what runs until unfreeze: %v", sp.service, err))
 		f := recordFile(stateDir, sp.service)
-		if err := os.Rename(f, f+".broken"); err != nil {
-			slog.Error(fmt.Sprintf("%s: %v", sp.service, err))
-		}
+		aside := os.Rename
 		if h := s.repo.head(); h != "" && s.repo.ranHere(h) {
 			s.rec.Live = h
 			s.rec.Pin = &pin{Commit: s.rec.Live, Info: "state lost"}
+			aside = os.Link // and then replaced, so that the pin can't be lost
+		}
+		_ = os.RemoveAll(f + ".broken")
+		if err := aside(f, f+".broken"); err != nil {
+			slog.Error(fmt.Sprintf("%s: %v", sp.service, err))
+		}
+		if s.rec.Pin != nil {
+			if err := s.save(); err != nil {
+				slog.Error(fmt.Sprintf("%s: %v", sp.service, err))
+			}
 		}
 	}
 	if s.rec.Upstream != sp.upstream || s.rec.Branch != sp.branch {
@@ -398,7 +407,11 @@ func (s *Service) run(ctx context.Context) {
 			case <-done:
 				working = false
 			case r := <-s.requests:
-				queue = append(queue, r)
+				if i := slices.IndexFunc(queue, func(q request) bool { return q.verb == "pull" }); i >= 0 && r.verb != "pull" {
+					queue = slices.Insert(queue, i, r) // pulls can wait
+				} else {
+					queue = append(queue, r)
+				}
 				if r.verb != "pull" {
 					end(fmt.Errorf("ended by a %s of %s", r.verb, r.who))
 				}
@@ -428,7 +441,7 @@ func (s *Service) retry(backoff time.Duration) (wait, next time.Duration) {
 		next = min(max(2*backoff, 5*time.Second), s.interval)
 		wait = next
 	case s.edits != "" && s.rec.Pin == nil:
-		wait = max(time.Until(s.rec.DriftUndone.Add(s.interval)), time.Second)
+		wait = min(max(time.Until(s.rec.DriftUndone.Add(s.interval)), time.Second), s.interval)
 	}
 	if p := s.rec.Pin; p != nil && !p.Until.IsZero() {
 		// Once it has passed, what keeps a pass from unpinning has a wait of its own.
@@ -461,6 +474,9 @@ func (s *Service) conclude(ctx context.Context, err error) {
 	if serr := s.save(); serr != nil && s.err == nil && ctx.Err() == nil {
 		s.err = serr
 		s.publishStatus()
+	}
+	if s.snap == nil && s.edits == "" && s.err == nil && ctx.Err() == nil {
+		_, _ = s.drift(ctx) // after a publish, so that the next round has nothing to ask git for; what it finds is found then
 	}
 }
 
@@ -522,7 +538,7 @@ func (s *Service) preparePackage(ctx context.Context) error {
 // nothing has changed since the last pass that costs a few system calls.
 func (s *Service) prepareCheckout(ctx context.Context) error {
 	r := &s.rec
-	if s.checked && s.repo.exists() && lexists(s.repo.dir+"/.git/index") && s.repo.head() == r.Live && r.Live != "" && r.Shape == s.repo.shape() {
+	if s.checked && s.repo.exists() && lexists(s.repo.dir+"/.git/index") && (r.Live == "" || s.repo.head() == r.Live) && r.Shape == s.repo.shape() {
 		return nil
 	}
 	acct, err := lookupAccount(ctx, s.user)
@@ -545,13 +561,22 @@ func (s *Service) prepareCheckout(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if moved {
-		r.Shape = "" // its configuration is gone
-	}
 	if err := s.repo.clean(); err != nil {
 		return err
 	}
+	if r.Live != "" && s.repo.head() == "" { // a branch, or nothing, which is what a power cut leaves
+		if err := s.repo.setHead(r.Live); err != nil {
+			return err
+		}
+	}
+	if moved {
+		r.Shape = "" // its configuration is gone; what can't be configured is found damaged
+		_ = s.repo.configure(ctx, nil)
+	}
 	if err := s.repair(ctx); err != nil {
+		return err
+	}
+	if err := s.repo.giveBack(ctx); err != nil {
 		return err
 	}
 	if s.legacy {
@@ -561,7 +586,9 @@ func (s *Service) prepareCheckout(ctx context.Context) error {
 	if r.Live != "" && s.repo.head() != r.Live {
 		// Somebody else moved HEAD (or an older gitopper had it on a branch): the files are compared with what we know.
 		if _, err := s.repo.resolve(ctx, r.Live); err != nil {
-			r.Live, r.Content = "", ""
+			if err := s.forgetLive(ctx); err != nil {
+				return err
+			}
 		} else if err := s.repo.moveHead(ctx, r.Live, true); err != nil {
 			return err
 		} else if err := s.repo.rebuildIndex(ctx); err != nil {
@@ -570,6 +597,9 @@ func (s *Service) prepareCheckout(ctx context.Context) error {
 		s.snap = nil
 	}
 	if shape := s.repo.shape(); r.Shape != shape {
+		if err := s.keepLeaving(ctx); err != nil {
+			return err
+		}
 		if err := s.repo.adopt(ctx); err != nil {
 			return err
 		}
@@ -581,6 +611,23 @@ func (s *Service) prepareCheckout(ctx context.Context) error {
 	}
 	s.checked = true
 	return nil
+}
+
+// keepLeaving keeps the local edits of files that dirs no longer name, for they are about to be taken away.
+func (s *Service) keepLeaving(ctx context.Context) error {
+	if s.rec.Live == "" {
+		return nil
+	}
+	all := s.repo
+	all.dirs = []dir{{link: "."}}
+	changes, err := all.diff(ctx, s.rec.Live)
+	changes = slices.DeleteFunc(changes, func(c change) bool {
+		return c.status == 'D' || slices.ContainsFunc(s.repo.links(), func(l string) bool { return l == c.path || strings.HasPrefix(c.path, l+"/") })
+	})
+	if err != nil && !errors.As(err, new(*refusal)) {
+		return err
+	}
+	return s.keepPatch(ctx, s.rec.Live, paths(changes))
 }
 
 // repair heals what the probe finds: a new index where that is enough, else a new .git. If nothing is found but files of
@@ -618,14 +665,7 @@ func (s *Service) cloneAnew(ctx context.Context, step string) error {
 		return nil
 	}
 	if s.repo.head() != live {
-		// Upstream no longer has what runs here. What differs from its newest commit is kept before that is judged.
-		s.rec.Live, s.rec.Content = "", ""
-		if changes, err := s.repo.diff(ctx, "HEAD"); err != nil {
-			return err
-		} else if err := s.keepPatch(ctx, "HEAD", paths(changes)); err != nil {
-			return err
-		}
-		return nil
+		return s.forgetLive(ctx)
 	}
 	if content, err := s.repo.content(ctx, live); err == nil {
 		s.rec.Content = content
@@ -633,15 +673,34 @@ func (s *Service) cloneAnew(ctx context.Context, step string) error {
 	return nil
 }
 
+// forgetLive is for a clone that does not have what runs here, nor has upstream. What differs from the clone's commit is kept
+// as a patch before that is judged.
+func (s *Service) forgetLive(ctx context.Context) error {
+	changes, err := s.repo.diff(ctx, "HEAD")
+	if err == nil {
+		err = s.keepPatch(ctx, "HEAD", paths(changes))
+	}
+	if err == nil {
+		s.rec.Live, s.rec.Content = "", ""
+	}
+	return err
+}
+
 // choose returns the commit that should run, and why it is not upstream's newest if that was refused or is unknown. The
 // commit is in the clone, and what of it has to be laid out is laid out and judged.
 func (s *Service) choose(ctx context.Context) (want string, verdict error) {
 	r := &s.rec
 	l := s.looked.Load()
-	if l != nil && l.err == nil && l.at.After(r.LastLook) {
-		r.Tip, r.LastLook = l.tip, l.at
+	if l != nil && l.err == nil && l != s.used {
+		r.Tip, r.LastLook, s.used = l.tip, l.at, l
 	}
 	if r.Pin != nil {
+		if r.Pin.Commit == r.Live {
+			verdict = s.judgeLive(ctx)
+		}
+		if verdict != nil {
+			return "", verdict
+		}
 		return r.Pin.Commit, nil
 	}
 	var missed error
@@ -661,10 +720,23 @@ func (s *Service) choose(ctx context.Context) (want string, verdict error) {
 	want = s.rest()
 	if !errors.As(err, new(*refusal)) {
 		s.checked = false
-	} else if want == r.Live && r.Content == "" {
-		return "", err // dirs have changed, and what they would show was refused: all stays as it is
+	} else if want == r.Live && s.judgeLive(ctx) != nil {
+		return "", err // all stays as it is
 	}
 	return want, err
+}
+
+// judgeLive judges the commit that runs anew where dirs have changed, and with them what it shows.
+func (s *Service) judgeLive(ctx context.Context) error {
+	r := &s.rec
+	if r.Live == "" || r.Content != "" || len(r.Publishing) > 0 {
+		return nil
+	}
+	content, err := s.repo.content(ctx, r.Live)
+	if err == nil {
+		err = s.judgeCommit(ctx, r.Live, content, "")
+	}
+	return err
 }
 
 // rest is where to stay when upstream's commit is not to be had: on what runs, unless that itself was taken back.
@@ -909,15 +981,15 @@ func (s *Service) files(ctx context.Context, commit string) error {
 	if err != nil {
 		return err
 	}
-	if commit == r.Live && len(r.Publishing) == 0 && r.Content != "" {
-		edits := strings.Join(edited, " ")
-		if edits != s.edits && edits != "" {
-			slog.Warn(fmt.Sprintf("%s: edited here: %s", s.service, edits))
-		}
-		s.edits = edits
-		if edits == "" || !s.force && (r.Pin != nil || time.Since(r.DriftUndone) < s.interval) {
-			return nil
-		}
+	edits := oneLine(strings.Join(edited, " "))
+	if edits != s.edits && edits != "" {
+		slog.Warn(fmt.Sprintf("%s: edited here: %s", s.service, edits))
+	}
+	s.edits = edits
+	ago := time.Since(r.DriftUndone) // less than nothing where the clock was set back
+	hold := !s.force && (r.Pin != nil || ago >= 0 && ago < s.interval)
+	if commit == r.Live && len(r.Publishing) == 0 && r.Content != "" && (edits == "" || hold) {
+		return nil
 	}
 	if s.cand.commit != commit || len(edited) > 0 {
 		content, err := s.repo.content(ctx, commit)
@@ -930,6 +1002,12 @@ func (s *Service) files(ctx context.Context, commit string) error {
 	}
 	cand := s.cand
 	s.cand = candidate{}
+	if hold && (commit == r.Live || cand.content == r.Content) { // the commit itself changes none of them: they stay
+		cand.changes = slices.DeleteFunc(cand.changes, func(c change) bool { return slices.Contains(edited, c.path) })
+		edited = nil
+	} else {
+		edits = ""
+	}
 	if err := s.keepPatch(ctx, r.Live, edited); err != nil {
 		return err
 	}
@@ -958,13 +1036,11 @@ func (s *Service) files(ctx context.Context, commit string) error {
 	if len(cand.changes) > 0 && commit != r.Live {
 		slog.Info(fmt.Sprintf("%s: %.8s is live", s.service, commit), "before", fmt.Sprintf("%.8s", r.Live), "files", len(cand.changes))
 	}
-	r.Live, r.Content, r.Publishing, s.edits, s.checked = commit, cand.content, nil, "", true
-	if commit == r.Tip {
+	r.Live, r.Content, r.Publishing, s.edits, s.checked = commit, cand.content, nil, edits, true
+	if commit == r.Tip || s.signers != "" && r.Newest != "" && s.repo.descends(ctx, commit, r.Newest) == nil {
 		r.Newest = commit
 	}
-	if s.snap, err = s.repo.snap(finish(ctx)); err != nil {
-		return err
-	}
+	s.snap = nil // what was edited in the meantime is found by the next look at them
 	return s.save()
 }
 
@@ -1032,8 +1108,9 @@ func (s *Service) keepPatch(ctx context.Context, commit string, files []string) 
 		}
 		return fmt.Errorf("keep local edits of %.200s: %w: revert them by hand, or move them away", strings.Join(files, " "), err)
 	}
-	old, err := os.ReadDir(dir) // by name, so the oldest first
-	for ; err == nil && len(old) > 20; old = old[1:] {
+	old, err := os.ReadDir(dir) // by name, so the oldest first, but for a clock that was set back
+	old = slices.DeleteFunc(old, func(e fs.DirEntry) bool { return e.Name() == filepath.Base(name) })
+	for ; err == nil && len(old) >= 20; old = old[1:] {
 		err = os.Remove(filepath.Join(dir, old[0].Name()))
 	}
 	return err
@@ -1043,30 +1120,40 @@ func (s *Service) keepPatch(ctx context.Context, commit string, files []string) 
 // nor systemd, so that it can be the first thing after boot.
 func (s *Service) mountAll() error {
 	r := &s.rec
+	if !s.swept {
+		// First, for a new local may lie in, around or on an old one.
+		if err := s.sweep(); err != nil && !errors.As(err, new(recordError)) {
+			return err
+		}
+		s.swept = true
+	}
 	var wrong []dir
 	for _, d := range s.dirs {
 		if d.local != "" && !shows(s.repo.dir, d.link, d.local) {
 			wrong = append(wrong, d)
 		}
 	}
-	if len(wrong) == 0 && s.swept {
+	if len(wrong) == 0 {
 		return nil
 	}
 	mounts, err := readMountinfo()
 	if err != nil {
 		return err
 	}
+	// Remembered before it is done: a mount or a directory that nobody knows of would stay for ever.
+	r.Told = ""
+	unknown := false
 	for _, d := range wrong {
-		// Remembered before it is done: a mount or a directory that nobody knows of would stay for ever.
-		r.Told = ""
 		if !slices.Contains(r.Mounts, d.local) {
-			r.Mounts = append(r.Mounts, d.local)
+			r.Mounts, unknown = append(r.Mounts, d.local), true
 		}
-		if err := s.remember(d.local); err != nil {
-			return err
+		if !lexists(d.local) {
+			if err := s.remember(d.local); err != nil {
+				return err
+			}
 		}
 	}
-	if err := s.save(); err != nil {
+	if err := s.save(); err != nil && unknown {
 		return err
 	}
 	root, err := s.repo.open()
@@ -1090,12 +1177,7 @@ func (s *Service) mountAll() error {
 			slog.Info(fmt.Sprintf("%s: mounted %s on %s", s.service, d.link, d.local))
 		}
 	}
-	if errs != nil {
-		return errs
-	}
-	err = s.sweep()
-	s.swept = err == nil
-	return err
+	return errs
 }
 
 // lexists says whether there is something of that name, be it a link to nowhere.
@@ -1116,8 +1198,12 @@ func (s *Service) own(mounts []mountPoint) (own []mountPoint) {
 func (s *Service) sweep() error {
 	wanted := map[string]bool{}
 	for _, d := range s.dirs {
-		if at, err := filepath.EvalSymlinks(d.local); d.local != "" && err == nil {
-			wanted[at], wanted[d.local] = true, true
+		if fi, err := os.Stat(d.local); d.local == "" || err == nil && fi.IsDir() == d.file {
+			continue // of the wrong kind, it can only be a mount from before
+		}
+		wanted[d.local] = true
+		if at, err := filepath.EvalSymlinks(d.local); err == nil {
+			wanted[at] = true
 		}
 	}
 	for {
@@ -1287,7 +1373,7 @@ func (s *Service) operate(ctx context.Context, o op) error {
 		if r.Live == "" {
 			return &opError{status: "Conflict", err: errors.New("nothing runs yet: there is no commit to freeze")}
 		}
-		r.Pin = &pin{Commit: r.Live, Info: strings.TrimSuffix(o.who+": "+o.reason, ": "), Until: o.until}
+		r.Pin, s.force = &pin{Commit: r.Live, Info: strings.TrimSuffix(o.who+": "+o.reason, ": "), Until: o.until}, false
 	case "unfreeze":
 		r.Pin, s.force = nil, true
 		_ = s.lookNow(ctx) // it counts as a missed look
@@ -1308,7 +1394,7 @@ func (s *Service) operate(ctx context.Context, o op) error {
 		}
 	}
 	if err := s.save(); err != nil {
-		s.rec, s.rolling = before, false
+		s.rec, s.rolling, s.force = before, false, false
 		return &opError{status: "Internal Server Error", err: err}
 	}
 	s.publishStatus()
@@ -1353,7 +1439,7 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 		return &opError{status: "Not Found", err: err}
 	}
 	content, err := s.repo.content(ctx, commit)
-	if err == nil && content != s.rec.Content {
+	if err == nil && (content != s.rec.Content || !ran && s.signers != "") {
 		if ran {
 			err = s.layOut(ctx, commit, content)
 		} else {
@@ -1459,7 +1545,9 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 			} else {
 				s.unit.Store(nil) // it asks for itself, and has the error
 			}
-			s.nudge()
+			if s.Status().state < stateBroken { // else it is being tried again anyway
+				s.nudge()
+			}
 		}
 	}
 }

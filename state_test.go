@@ -200,6 +200,9 @@ func (w *world) calls() string {
 
 func (w *world) write(name, text string) {
 	w.t.Helper()
+	if err := os.MkdirAll(filepath.Dir(filepath.Join(w.dir, name)), 0o755); err != nil {
+		w.t.Fatal(err)
+	}
 	if err := os.WriteFile(filepath.Join(w.dir, name), []byte(text), 0o644); err != nil {
 		w.t.Fatal(err)
 	}

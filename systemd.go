@@ -45,7 +45,7 @@ func showUnits(ctx context.Context, names ...string) ([]unit, error) {
 	}
 	var by []string
 	for _, u := range units {
-		if u.ActiveState == "inactive" {
+		if u.ActiveState == "inactive" || u.ActiveState == "failed" {
 			by = append(by, u.TriggeredBy...)
 		}
 	}
@@ -180,9 +180,6 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 			}
 		}
 	}
-	if u.ActiveState == "inactive" && u.triggered {
-		return "", nil
-	}
 	if u.ActiveState == "reloading" { // left by an action of ours that was killed: the next would wait behind it
 		cancelJob(ctx, name)
 	}
@@ -190,6 +187,9 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 		if _, err := systemctl(ctx, localLimit, "reset-failed", "--", name); err != nil {
 			return "", err
 		}
+	}
+	if u.triggered { // down, and what triggers it brings it up
+		return "", nil
 	}
 	verb = verbFor(&u, action)
 	step(verb)
@@ -212,7 +212,7 @@ func verbFor(u *unit, action string) string {
 	switch {
 	case action == "stop":
 		return action
-	case u.Type == "oneshot" && running && action != "start" && action != "kill":
+	case u.Type == "oneshot" && running && action != "start":
 		return "restart"
 	case !running && (u.Type != "oneshot" || action != "restart"):
 		return "start"

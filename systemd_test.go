@@ -1,11 +1,13 @@
 package main
 
 import (
+	"context"
 	"net"
 	"os"
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestParseUnits(t *testing.T) {
@@ -80,6 +82,29 @@ func TestTemplateIsEnabledAndFailedIsReset(t *testing.T) {
 	}
 	if st := w.s.Status(); st.State != "OK" {
 		t.Errorf("%+v", st)
+	}
+}
+
+// TestTriggeredUnits: what a socket starts while it settles did not crash, and a job that failed waits for its timer.
+func TestTriggeredUnits(t *testing.T) {
+	w := newWorld(t)
+	ctx := context.Background()
+	w.write("fake/svc.service", "inactive\nTriggeredBy=svc.socket\nInvocationID=")
+	time.AfterFunc(500*time.Millisecond, func() {
+		w.write("fake/svc.service", "active\nTriggeredBy=svc.socket\nInvocationID=1")
+	})
+	if _, err := settle(ctx, "svc.service", "reload", 1500*time.Millisecond); err != nil {
+		t.Error(err)
+	}
+	time.AfterFunc(500*time.Millisecond, func() {
+		w.write("fake/svc.service", "active\nTriggeredBy=svc.socket\nInvocationID=2")
+	})
+	if _, err := settle(ctx, "svc.service", "reload", 1500*time.Millisecond); err == nil || !strings.Contains(err.Error(), "restarted by systemd") {
+		t.Errorf("a restart is not seen: %v", err)
+	}
+	w.write("fake/svc.service", "failed\nTriggeredBy=svc.timer")
+	if verb, err := tell(ctx, "svc.service", "restart", false, func(string) {}); err != nil || verb != "" || w.calls() != "reset-failed" {
+		t.Errorf("told by %q, %v", verb, err)
 	}
 }
 
