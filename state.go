@@ -1120,12 +1120,13 @@ func (s *Service) keepPatch(ctx context.Context, commit string, files []string) 
 // nor systemd, so that it can be the first thing after boot.
 func (s *Service) mountAll() error {
 	r := &s.rec
+	var errs error
 	if !s.swept {
 		// First, for a new local may lie in, around or on an old one.
-		if err := s.sweep(); err != nil && !errors.As(err, new(recordError)) {
-			return err
+		if errs = s.sweep(); errors.As(errs, new(recordError)) {
+			errs = nil // done, and saved by the next that can be
 		}
-		s.swept = true
+		s.swept = errs == nil
 	}
 	var wrong []dir
 	for _, d := range s.dirs {
@@ -1134,7 +1135,7 @@ func (s *Service) mountAll() error {
 		}
 	}
 	if len(wrong) == 0 {
-		return nil
+		return errs
 	}
 	mounts, err := readMountinfo()
 	if err != nil {
@@ -1161,7 +1162,6 @@ func (s *Service) mountAll() error {
 		return err
 	}
 	defer root.Close()
-	var errs error
 	for _, d := range wrong {
 		at := d.local
 		if p, err := filepath.EvalSymlinks(d.local); err == nil {
@@ -1261,7 +1261,7 @@ func (s *Service) serve(ctx context.Context) error {
 		if err != nil {
 			return brokenError{err}
 		}
-		slog.Info(fmt.Sprintf("%s: told by %s", s.service, cmp.Or(verb, "nothing, for it is not up and will be triggered")), "commit", fmt.Sprintf("%.8s", r.Live))
+		slog.Info(fmt.Sprintf("%s: told by %s", s.service, cmp.Or(verb, "none: it is down until it is triggered")), "commit", fmt.Sprintf("%.8s", r.Live))
 		r.Told, r.Boot = r.Content, boot
 		if err := s.save(); err != nil {
 			return err
