@@ -493,6 +493,31 @@ func TestBootstrap(t *testing.T) {
 	}
 }
 
+// TestNoEntryIsNoFailedStart: systemd waits for READY from a unit of Type=notify, also from one that has nothing to do.
+func TestNoEntryIsNoFailedStart(t *testing.T) {
+	dir := t.TempDir()
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: dir + "/notify", Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for name, text := range map[string]string{"k.pub": testKey, "c.toml": "[global]\nupstream = \"/u\"\nmount = \"/m\"\nkeys = [{path = \"k.pub\"}]\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("NOTIFY_SOCKET", dir+"/notify")
+	t.Setenv("STATE_DIRECTORY", dir+"/state")
+	if _, stderr, status := gitopper(t, "-c", dir+"/c.toml"); status != 0 || !strings.Contains(stderr, "nothing to do") {
+		t.Errorf("%d: %s", status, stderr)
+	}
+	buf := make([]byte, 100)
+	l.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if n, err := l.Read(buf); err != nil || string(buf[:n]) != "READY=1" {
+		t.Errorf("told systemd %q, %v", buf[:n], err)
+	}
+}
+
 func TestSignals(t *testing.T) {
 	w := newWorld(t)
 	t.Setenv("STATE_DIRECTORY", w.dir+"/state")

@@ -198,7 +198,7 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 	result := "ok"
 	if err != nil {
 		result = "failed"
-		err = fmt.Errorf("%w%s", err, lastWords(ctx, name, start))
+		err = fmt.Errorf("%w%s", err, lastWords(ctx, u.ID, start))
 		cancelJob(ctx, name)
 	}
 	count.add("gitopper_service_actions_total", labels("service", name, "result", result))
@@ -231,9 +231,10 @@ func cancelJob(ctx context.Context, name string) {
 	}
 }
 
-// lastWords returns what the unit itself last said to the journal since start, ready to be put behind an error.
-func lastWords(ctx context.Context, name string, start time.Time) string {
-	out, err := execute(ctx, "journalctl", exec.Command("journalctl", "-q", "-u", name, "-n", "4", "-o", "cat", "--no-pager", "--since", "@"+strconv.FormatInt(start.Unix(), 10)), 10*time.Second, syscall.SIGKILL)
+// lastWords returns what the unit's processes last said to the journal since start (in whole seconds), ready to be put behind
+// an error. What systemd said of the unit is in its properties.
+func lastWords(ctx context.Context, id string, start time.Time) string {
+	out, err := execute(ctx, "journalctl", exec.Command("journalctl", "-q", "_SYSTEMD_UNIT="+id, "-n", "4", "-o", "cat", "--no-pager", "--since", "@"+strconv.FormatInt(start.Unix(), 10)), 10*time.Second, syscall.SIGKILL)
 	words := oneLine(string(out))
 	if err != nil || words == "" {
 		return ""
@@ -245,6 +246,9 @@ func lastWords(ctx context.Context, name string, start time.Time) string {
 // by itself. A unit that is killed may be down, and come back, until the time is over.
 func settle(ctx context.Context, name, action string, watch time.Duration) (u unit, err error) {
 	start, invocation := time.Now(), ""
+	if action == "kill" {
+		watch = max(watch, time.Second) // time to end, and to come back
+	}
 	for {
 		units, err := showUnits(ctx, name)
 		if err != nil {
@@ -258,7 +262,7 @@ func settle(ctx context.Context, name, action string, watch time.Duration) (u un
 				u.SubState += ", restarted by systemd"
 			}
 			if again || !u.well(action) {
-				return u, errors.New(u.describe() + lastWords(ctx, name, start.Add(-time.Second)))
+				return u, errors.New(u.describe() + lastWords(ctx, u.ID, start.Add(-time.Second)))
 			}
 			if u.ActiveState != "inactive" && u.Type != "oneshot" { // what starts those is no crash, but a socket or timer
 				invocation = u.InvocationID

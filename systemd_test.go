@@ -65,6 +65,9 @@ func TestUnitIsUp(t *testing.T) {
 			}
 		})
 	}
+	if verb := verbFor(&unit{Type: "oneshot", ActiveState: "active"}, "kill"); verb != "restart" {
+		t.Errorf("a oneshot is told by %s", verb)
+	}
 	stopped := unit{ActiveState: "inactive"}
 	if !stopped.well("stop") || stopped.well("reload") || verbFor(&stopped, "stop") != "stop" {
 		t.Error("a unit that is to be stopped is well when it is down")
@@ -101,6 +104,11 @@ func TestTriggeredUnits(t *testing.T) {
 	})
 	if _, err := settle(ctx, "svc.service", "reload", 1500*time.Millisecond); err == nil || !strings.Contains(err.Error(), "restarted by systemd") {
 		t.Errorf("a restart is not seen: %v", err)
+	}
+	w.write("fake/svc.service", "inactive")
+	time.AfterFunc(300*time.Millisecond, func() { w.write("fake/svc.service", "active") })
+	if _, err := settle(ctx, "svc.service", "kill", 0); err != nil {
+		t.Errorf("what is killed may come back: %v", err)
 	}
 	w.write("fake/svc.service", "failed\nTriggeredBy=svc.timer")
 	if verb, err := tell(ctx, "svc.service", "restart", false, func(string) {}); err != nil || verb != "" || w.calls() != "reset-failed" {
