@@ -93,16 +93,16 @@ func TestTriggeredUnits(t *testing.T) {
 	w := newWorld(t)
 	ctx := context.Background()
 	w.write("fake/svc.service", "inactive\nTriggeredBy=svc.socket\nInvocationID=")
-	time.AfterFunc(500*time.Millisecond, func() {
+	time.AfterFunc(time.Second, func() {
 		w.write("fake/svc.service", "active\nTriggeredBy=svc.socket\nInvocationID=1")
 	})
-	if _, err := settle(ctx, "svc.service", "reload", 1500*time.Millisecond); err != nil {
+	if _, err := settle(ctx, "svc.service", "reload", 2500*time.Millisecond); err != nil {
 		t.Error(err)
 	}
-	time.AfterFunc(500*time.Millisecond, func() {
+	time.AfterFunc(time.Second, func() {
 		w.write("fake/svc.service", "active\nTriggeredBy=svc.socket\nInvocationID=2")
 	})
-	if _, err := settle(ctx, "svc.service", "reload", 1500*time.Millisecond); err == nil || !strings.Contains(err.Error(), "restarted by systemd") {
+	if _, err := settle(ctx, "svc.service", "reload", 2500*time.Millisecond); err == nil || !strings.Contains(err.Error(), "restarted by systemd") {
 		t.Errorf("a restart is not seen: %v", err)
 	}
 	w.write("fake/svc.service", "inactive")
