@@ -737,6 +737,7 @@ type parser struct {
 	read     func(string) ([]byte, error)
 	entries  []spec
 	errs     []error
+	global   []string // what is wrong with the defaults
 }
 
 func (p *parser) errorf(format string, args ...any) {
@@ -794,9 +795,11 @@ func (p *parser) parse(text string) {
 	p.take("[global]", global, fields)
 	p.keys(keys)
 	p.c.signers = def.signers
-	if def.signers != "" && !path.IsAbs(def.signers) {
-		p.errorf("[global]: signers %q: must be absolute", def.signers)
-		def.signers = "" // said once, not for each entry
+	own := def // as an entry that has all that is required
+	own.machine, own.service, own.upstream, own.mount = "m", "s", cmp.Or(def.upstream, "/u"), cmp.Or(def.mount, "/m")
+	for _, err := range own.validate(p.stateDir) {
+		p.errorf("[global]: %w", err)
+		p.global = append(p.global, err.Error())
 	}
 	for i, t := range services {
 		p.service(i, t, def)
@@ -877,7 +880,9 @@ func (p *parser) service(i int, t table, def spec) {
 		s.dirs = append(s.dirs, d)
 	}
 	for _, err := range s.validate(p.stateDir) {
-		p.errorf("%s: %w", where, err)
+		if !slices.Contains(p.global, err.Error()) { // said once, not for each entry
+			p.errorf("%s: %w", where, err)
+		}
 	}
 	p.c.machines = append(p.c.machines, s.machine)
 	p.entries = append(p.entries, s)

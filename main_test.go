@@ -184,6 +184,29 @@ func containsLines(text, want string) bool {
 	return true
 }
 
+// TestWrongDefaultIsToldOnce: not once for each entry that has it.
+func TestWrongDefaultIsToldOnce(t *testing.T) {
+	o := options{config: "/c/config.toml", names: []string{"m"}, stateDir: "/var/lib/gitopper"}
+	_, err := loadConfig(o, configFiles(map[string]string{"/c/k.pub": testKey, o.config: `[global]
+upstream = "/u.git"
+mount = "/srv"
+branch = ".."
+keys = [{path = "k.pub"}]
+[[services]]
+machine = "m"
+service = "a"
+[[services]]
+machine = "m"
+service = "b"
+branch = "a..b"
+`}))
+	want := `/c/config.toml: [global]: branch "..": must be a valid branch name
+/c/config.toml: services[1] "b": branch "a..b": must be a valid branch name`
+	if err == nil || err.Error() != want {
+		t.Errorf("got:\n%v\nwant:\n%s", err, want)
+	}
+}
+
 func TestLoadConfigMergesDefaults(t *testing.T) {
 	o := options{config: "/c/config.toml", names: []string{"m"}, stateDir: "/var/lib/gitopper"}
 	c, err := loadConfig(o, configFiles(map[string]string{"/c/k.pub": testKey, o.config: `[global]

@@ -221,6 +221,9 @@ func newService(sp spec, stateDir string, interval time.Duration) *Service {
 		}
 		s.rec.Dirs = append(s.rec.Dirs, s.repo.dir)
 	}
+	if h := s.repo.head(); s.rec.Live == "" && h != "" && s.repo.ranHere(h) {
+		s.rec.Live = h // mount has changed back
+	}
 	s.publishStatus()
 	return s
 }

@@ -387,6 +387,24 @@ func TestEdges(t *testing.T) {
 				w.t.Errorf("git status: %s", got)
 			}
 		},
+		"another mount while upstream is away, and back": func(w *world) {
+			mount, live := w.spec.mount, w.s.rec.Live
+			os.Rename(w.up, w.up+".away")
+			w.spec.mount = w.dir + "/mount2"
+			w.boot()
+			w.reconcile()
+			w.write("local/etc/app.conf", "precious\n")
+			w.spec.mount = mount
+			w.boot()
+			w.reconcile()
+			if w.s.rec.Live != live {
+				w.t.Errorf("runs %q, want %s", w.s.rec.Live, live)
+			}
+			os.Rename(w.up+".away", w.up)
+			w.commit("one.conf", "x\n")
+			w.reconcile()
+			w.kept("precious")
+		},
 		"no dirs": func(w *world) {
 			w.spec.dirs = nil
 			w.restart()
