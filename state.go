@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
@@ -152,11 +154,13 @@ type Service struct {
 	edits    string    // edits that were reported and not undone
 	cand     candidate // what was laid out and judged, to be published
 	toldAt   time.Time
-	legacy   bool  // there is a checkout, but no record of it
-	force    bool  // an operator wants local edits undone now
-	partial  bool  // a pass was begun and has not come to its end
-	fetched  bool  // since git last had a chance to pack what fetches leave
-	used     *look // the last one whose outcome was used
+	legacy   bool   // there is a checkout, but no record of it
+	force    bool   // an operator wants local edits undone now
+	partial  bool   // a pass was begun and has not come to its end
+	fetched  bool   // since git last had a chance to pack what fetches leave
+	used     *look  // the last one whose outcome was used
+	patch    string // name of the last patch of local edits
+	patched  []byte // its digest
 	step     func(string)
 
 	requests chan request
@@ -259,6 +263,11 @@ func (s *Service) save() error {
 
 // writeFile replaces a file of root's, mode 0600, such that after a crash it is the old one or the new one.
 func writeFile(name string, data []byte) error {
+	return replaceFile(name, func(w io.Writer) error { _, err := w.Write(data); return err })
+}
+
+// replaceFile is writeFile with what fill writes; where that fails the old file stays.
+func replaceFile(name string, fill func(io.Writer) error) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 		return err
 	}
@@ -267,7 +276,7 @@ func writeFile(name string, data []byte) error {
 		return err
 	}
 	defer os.Remove(f.Name())
-	_, err = f.Write(data)
+	err = fill(f)
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
@@ -1089,30 +1098,33 @@ func paths(changes []change) []string {
 	return p
 }
 
-// keepPatch saves local edits of files as a patch against commit; the last 20 of a service are kept.
+// keepPatch saves local edits of files as a patch against commit; the last 20 of a service are kept. The same once more, which
+// a publish that fails time and again brings about, takes no older one's place.
 func (s *Service) keepPatch(ctx context.Context, commit string, files []string) error {
 	if len(files) == 0 {
 		return nil
 	}
-	dir := filepath.Join(s.stateDir, "patches", s.service)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	dir, sum := filepath.Join(s.stateDir, "patches", s.service), sha256.New()
+	name, same := time.Now().UTC().Format("20060102T150405.000000000Z")+".patch", errors.New("kept already")
+	err := replaceFile(filepath.Join(dir, name), func(w io.Writer) error {
+		err := s.repo.patch(ctx, commit, files, io.MultiWriter(w, sum))
+		if err == nil && bytes.Equal(sum.Sum(nil), s.patched) && lexists(filepath.Join(dir, s.patch)) {
+			err = same
+		}
 		return err
+	})
+	if errors.Is(err, same) {
+		return nil
 	}
-	name := filepath.Join(dir, time.Now().UTC().Format("20060102T150405.000000000Z")+".patch")
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return err
-	}
-	err = s.repo.patch(ctx, commit, files, f)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		os.Remove(name)
 		if pe, ok := errors.AsType[*fs.PathError](err); ok {
 			err = fmt.Errorf("%s: %w", dir, pe.Err) // without a name that is another at each try
 		}
 		return fmt.Errorf("keep local edits of %.200s: %w: revert them by hand, or move them away", strings.Join(files, " "), err)
 	}
+	s.patch, s.patched = name, sum.Sum(nil)
 	old, err := os.ReadDir(dir) // by name, so the oldest first, but for a clock that was set back
-	old = slices.DeleteFunc(old, func(e fs.DirEntry) bool { return e.Name() == filepath.Base(name) })
+	old = slices.DeleteFunc(old, func(e fs.DirEntry) bool { return e.Name() == name })
 	for ; err == nil && len(old) >= 20; old = old[1:] {
 		err = os.Remove(filepath.Join(dir, old[0].Name()))
 	}

@@ -405,6 +405,29 @@ func TestEdges(t *testing.T) {
 			w.reconcile()
 			w.kept("precious")
 		},
+		"edits are kept once, however often a publish fails": func(w *world) {
+			d := w.dir + "/state/patches/" + w.spec.service
+			w.write("local/etc/app.conf", "precious\n")
+			for range 3 {
+				if err := w.s.keepPatch(context.Background(), w.s.rec.Live, []string{"etc/app.conf"}); err != nil {
+					w.t.Fatal(err)
+				}
+			}
+			if e, _ := os.ReadDir(d); len(e) != 1 {
+				w.t.Errorf("%d files", len(e))
+			}
+			os.RemoveAll(d)
+			if err := w.s.keepPatch(context.Background(), w.s.rec.Live, []string{"etc/app.conf"}); err != nil {
+				w.t.Fatal(err)
+			}
+			w.kept("+precious")
+			w.write("local/etc/app.conf", "precious, too\n")
+			w.reconcile()
+			if e, _ := os.ReadDir(d); len(e) != 2 {
+				w.t.Errorf("%d files", len(e))
+			}
+			w.kept("precious, too")
+		},
 		"no dirs": func(w *world) {
 			w.spec.dirs = nil
 			w.restart()
