@@ -394,6 +394,9 @@ func (s *Service) run(ctx context.Context) {
 	// The first look at upstream starts the first pass; where it takes long, the unit is not kept waiting.
 	again := time.NewTimer(5 * time.Second)
 	for {
+		if ctx.Err() != nil {
+			return // what is queued is not begun, and its operator is told
+		}
 		job := func(ctx context.Context) { s.pass(ctx) }
 		if len(queue) > 0 {
 			r := queue[0]
@@ -436,9 +439,6 @@ func (s *Service) run(ctx context.Context) {
 			again.Reset(wait)
 		} else {
 			again.Stop()
-		}
-		if ctx.Err() != nil {
-			return
 		}
 	}
 }
