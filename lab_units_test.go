@@ -76,7 +76,7 @@ dirs = [ { local = "/srv/package", link = "nightly" } ]
 		t.Error("the oneshot of a timer was started")
 	}
 	l.waitState("private", "BROKEN", `unit has private mounts, use action = "restart"`)
-	l.waitState("nosuchunit", "BROKEN", "nosuchunit.service is not-found")
+	l.waitState("nosuchunit", "BROKEN", "unit nosuchunit.service does not exist")
 	l.waitState("nosuchuser", "BROKEN", `user "nosuchuser" does not exist`)
 	l.waitState("nosuchpackage", "BROKEN", "no-such-package-anywhere")
 	// A new unit file is read, an instance's new file is seen.

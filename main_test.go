@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"flag"
 	"fmt"
 	"io"
@@ -27,7 +26,7 @@ func TestMain(m *testing.M) {
 	case base == "systemctl":
 		os.Exit(fakeSystemctl(os.Getenv("FAKE"), os.Args[1:]))
 	case base == "journalctl":
-		os.Exit(0)
+		os.Exit(fakeJournalctl(os.Getenv("FAKE")))
 	case os.Getenv("FAKE_PACKAGES") != "" && !strings.HasSuffix(base, ".test"):
 		os.Exit(fakePackages(os.Getenv("FAKE_PACKAGES"), base, os.Args[1:]))
 	case len(os.Args) > 1 && os.Args[1] == checkChild, os.Getenv("AS_GITOPPER") != "":
@@ -83,184 +82,6 @@ func golden(t *testing.T, name, got string) {
 
 const testKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIDYqGwEqRPDqhXcHBiMSwcBCCCtYRoLc6vBpXIJCdNg ops@example.org\n"
 
-// configFiles is a reader of files that are in memory.
-func configFiles(files map[string]string) func(string) ([]byte, error) {
-	return func(name string) ([]byte, error) {
-		if text, ok := files[name]; ok {
-			return []byte(text), nil
-		}
-		return nil, &os.PathError{Op: "open", Path: name, Err: syscall.ENOENT}
-	}
-}
-
-func TestLoadConfig(t *testing.T) {
-	global := "[global]\nupstream = \"https://example.org/c.git\"\nmount = \"/srv/c\"\nkeys = [{path = \"k.pub\"}]\n"
-	entry := func(lines string) string {
-		return global + "[[services]]\nmachine = \"m\"\nservice = \"prometheus\"\n" + lines
-	}
-	pair := func(a, b string) string {
-		return entry(a) + "[[services]]\nmachine = \"m2\"\nservice = \"caddy\"\n" + b
-	}
-	for _, tc := range []struct{ name, text, want string }{
-		{"minimal", entry(""), ""},
-		{"all options", entry(`branch = "canary/1"
-user = "prometheus"
-package = "prometheus"
-action = "reload"
-check = ["promtool", "check"]
-fallback = false
-settle = "10s"
-signers = "/etc/signers"
-dirs = [{local = "/etc/prometheus", link = "prom/etc/"}, {link = "a/../b", file = true}]`), ""},
-		{"names in capitals", entry("Branch = \"x\"\n"), ""},
-		{"no services", global, ""},
-		{"same machine by two names", pair("dirs=[{local=\"/etc/x\",link=\"x\"}]\n", "dirs=[{local=\"/etc/x/y\",link=\"y\"}]"), `locals "/etc/x" and "/etc/x/y"`},
-		{"syntax", "[global\n", "line 2, column 8: expected"},
-		{"not toml", "\x00", "line 1"},
-		{"unknown option", entry("acton = \"reload\""), `services[0] "prometheus": acton: unknown option, expected one of action, branch, check`},
-		{"unknown table", entry("[globall]\n"), "top level: globall: unknown option"},
-		{"wrong type", entry("branch = 5\ndirs = \"x\"\ncheck = \"nginx -t\""), `"prometheus": branch: must be a string` + "\n" + `"prometheus": check: must be a list of strings` + "\n" + `"prometheus": dirs: must be a list of tables`},
-		{"no key", "[global]\n", "keys: at least one"},
-		{"key without path", strings.Replace(entry(""), "path", "ro = true, path2", 1), "keys[0]: path2: unknown option"},
-		{"missing key file", strings.Replace(entry(""), "k.pub", "/nope", 1), "keys[0]: open /nope: no such file"},
-		{"bad key file", strings.Replace(entry(""), "k.pub", "bad.pub", 1), "keys[0]: /etc/gitopper/bad.pub: "},
-		{"no upstream", strings.Replace(entry(""), "upstream = \"https://example.org/c.git\"", "", 1), `upstream "": required`},
-		{"upstream is an option", entry("upstream = \"--upload-pack=x\""), `upstream "--upload-pack=x": must be a URL`},
-		{"upstream is a helper", entry("upstream = \"ext::sh -c x\""), "must not name a transport helper"},
-		{"upstream of another kind", entry("upstream = \"ftp://x/y\""), "must be an https, http, ssh, git or file URL"},
-		{"upstream is relative", entry("upstream = \"x/y\""), "a path must be absolute"},
-		{"upstream with a password", entry("upstream = \"gopher://u:secret@h/y\""), `upstream "gopher://***h/y"`},
-		{"scp-like upstream", entry("upstream = \"git@example.org:x/y\""), ""},
-		{"branch", entry("branch = \"a..b\""), `branch "a..b": must be a valid branch name`},
-		{"branch is an option", entry("branch = \"-x\""), `branch "-x"`},
-		{"relative mount", entry("mount = \"x\""), `mount "x": required, must be absolute`},
-		{"service with slash", strings.Replace(entry(""), `"prometheus"`, `"a/b"`, 1), `service "a/b": required, must be a unit name`},
-		{"service is an option", strings.Replace(entry(""), `"prometheus"`, `"-a"`, 1), `service "-a"`},
-		{"no machine", strings.Replace(entry(""), "machine", "#", 1), `machine "": required`},
-		{"user", entry("user = \"a b\""), `user "a b": must be an account name`},
-		{"package", entry("package = \"-y\""), `package "-y": must be a package name`},
-		{"action", entry("action = \"relaod\""), `action "relaod": must be one of start, restart`},
-		{"empty check", entry("check = []"), "check: must have at least one word"},
-		{"settle", entry("settle = \"6m\""), `"prometheus": settle: must be a duration of at most 5m, such as "3s"`},
-		{"settle without unit", entry("settle = 5"), `settle: must be a duration`},
-		{"signers", entry("signers = \"x\""), `signers "x": must be absolute`},
-		{"local is /", entry(`dirs=[{local="/x/..",link="a"}]`), "must be an absolute path other than /"},
-		{"local is relative", entry(`dirs=[{local="etc",link="a"}]`), "must be an absolute path"},
-		{"local around mount", entry(`dirs=[{local="/srv",link="a"}]`), `must not be in, around or equal to mount "/srv/c"`},
-		{"local in state", entry(`dirs=[{local="/var/lib/gitopper/x",link="a"}]`), `must not be in, around or equal to the state directory`},
-		{"locals nest", entry(`dirs=[{local="/a",link="a"},{local="/a/b",link="b"}]`), `locals "/a" and "/a/b": must not be the same or nest`},
-		{"link is missing", entry(`dirs=[{local="/a"}]`), "dirs[0].link: required"},
-		{"link is absolute", entry(`dirs=[{local="/a",link="/a"}]`), `dirs[0].link "/a": must be relative`},
-		{"link leaves", entry(`dirs=[{local="/a",link="a/../../b"}]`), "must be a path inside the repository"},
-		{"link is everything", entry(`dirs=[{local="/a",link="."}]`), "must be a path inside the repository"},
-		{"link into .git", entry(`dirs=[{local="/a",link="x/.GIT/y"}]`), "must not contain .git"},
-		{"service twice", entry("") + "[[services]]\nmachine=\"m\"\nservice=\"prometheus.service\"\n", `service "prometheus": twice on machine "m"`},
-		{"service on two machines", entry("") + "[[services]]\nmachine=\"other\"\nservice=\"prometheus\"\n", ""},
-		{"checkouts nest", entry("") + "[[services]]\nmachine=\"m\"\nservice=\"x\"\nmount=\"/srv/c/prometheus\"\n", `must not be the same or nest`},
-		{"other machine is checked", entry("") + "[[services]]\nmachine=\"other\"\nservice=\"a/b\"\n", `services[1] "a/b": service "a/b"`},
-		{"all at once", entry("action=\"x\"\nbranch=\"..\"\nuser=\"-\""), "branch \"..\": must be a valid branch name\n/etc/gitopper/config.toml: services[0] \"prometheus\": user \"-\": must be an account name\n/etc/gitopper/config.toml: services[0] \"prometheus\": action \"x\""},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			o := options{config: "/etc/gitopper/config.toml", names: []string{"m", "m2"}, stateDir: "/var/lib/gitopper"}
-			c, err := loadConfig(o, configFiles(map[string]string{o.config: tc.text, "/etc/gitopper/k.pub": testKey, "/etc/gitopper/bad.pub": "ssh-ed25519 AAAA"}))
-			if tc.want == "" && err != nil || tc.want != "" && err == nil {
-				t.Fatalf("got %v and %v, want an error with %q", c, err, tc.want)
-			}
-			if err != nil && !strings.Contains(strings.ReplaceAll(err.Error(), "/etc/gitopper/config.toml: services[0] \"prometheus\": check", "\"prometheus\": check"), tc.want) &&
-				!containsLines(err.Error(), tc.want) {
-				t.Errorf("got:\n%v\nwant in it:\n%s", err, tc.want)
-			}
-		})
-	}
-}
-
-// containsLines says whether every line of want is in text.
-func containsLines(text, want string) bool {
-	for l := range strings.SplitSeq(want, "\n") {
-		if !strings.Contains(text, l) {
-			return false
-		}
-	}
-	return true
-}
-
-// TestWrongDefaultIsToldOnce: not once for each entry that has it.
-func TestWrongDefaultIsToldOnce(t *testing.T) {
-	o := options{config: "/c/config.toml", names: []string{"m"}, stateDir: "/var/lib/gitopper"}
-	_, err := loadConfig(o, configFiles(map[string]string{"/c/k.pub": testKey, o.config: `[global]
-upstream = "/u.git"
-mount = "/srv"
-branch = ".."
-keys = [{path = "k.pub"}]
-[[services]]
-machine = "m"
-service = "a"
-[[services]]
-machine = "m"
-service = "b"
-branch = "a..b"
-`}))
-	want := `/c/config.toml: [global]: branch "..": must be a valid branch name
-/c/config.toml: services[1] "b": branch "a..b": must be a valid branch name`
-	if err == nil || err.Error() != want {
-		t.Errorf("got:\n%v\nwant:\n%s", err, want)
-	}
-}
-
-func TestLoadConfigMergesDefaults(t *testing.T) {
-	o := options{config: "/c/config.toml", names: []string{"m"}, stateDir: "/var/lib/gitopper"}
-	c, err := loadConfig(o, configFiles(map[string]string{"/c/k.pub": testKey, o.config: `[global]
-upstream = "/u.git"
-branch = "b"
-mount = "/srv//c/"
-user = "u"
-action = "reload"
-fallback = false
-settle = "1s"
-signers = "/s"
-keys = [{path = "k.pub", ro = true}]
-[[services]]
-machine = "m"
-service = "a"
-[[services]]
-machine = "m"
-service = "b"
-action = ""
-fallback = true
-settle = "0s"
-user = ""
-`}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	a := spec{upstream: "/u.git", branch: "b", mount: "/srv/c", machine: "m", service: "a", user: "u", action: "reload", settle: time.Second, signers: "/s"}
-	b := a
-	b.service, b.action, b.fallback, b.settle, b.user = "b", "", true, 0, ""
-	if got, want := fmt.Sprint(c.services), fmt.Sprint([]spec{a, b}); got != want {
-		t.Errorf("got  %v\nwant %v", got, want)
-	}
-	if got, want := fmt.Sprint(c.keys, c.machines), "[{/c/k.pub true}] [m m]"; got != want {
-		t.Errorf("got %s, want %s", got, want)
-	}
-}
-
-func FuzzLoadConfig(f *testing.F) {
-	f.Add("[global]\nupstream = \"/u\"\nmount = \"/m\"\nkeys = [{path = \"/k\"}]\n[[services]]\nmachine = \"m\"\nservice = \"s\"\ndirs = [{local = \"/l\", link = \"a/b\"}]\n")
-	f.Add("services = 3\n[global]\nkeys = {}\n")
-	f.Fuzz(func(t *testing.T, text string) {
-		o := options{config: "/c", names: []string{"m"}, stateDir: "/var/lib/gitopper"}
-		c, err := loadConfig(o, configFiles(map[string]string{"/c": text, "/k": testKey}))
-		if err != nil {
-			return
-		}
-		for _, s := range c.services {
-			if again := s; len(again.validate(o.stateDir)) > 0 || fmt.Sprint(again) != fmt.Sprint(s) {
-				t.Errorf("accepted, but not when looked at again: %+v", s)
-			}
-		}
-	})
-}
-
 // gitopper runs the program as its user does, in a process of its own.
 func gitopper(t *testing.T, args ...string) (stdout, stderr string, status int) {
 	t.Helper()
@@ -309,8 +130,7 @@ gitopper: ` + bad + `: services[0]: service "": required, must be a unit name: l
 `, 1},
 		{"start with it", []string{"-c", bad}, "", "services[0]: machine \"\": required\n", 1},
 		{"missing config", []string{"-c", "/nope"}, "", "gitopper: config: open /nope: no such file or directory\n", 1},
-		{"not for this machine", []string{"-c", good}, "", "nothing to do", 0},
-		{"port in use", []string{"-c", good, "-h", "nobody", "-s", "", "-m", "256.0.0.1:0"}, "", "gitopper: --metric: listen tcp: ", 1},
+		{"not for this machine", []string{"-c", good, "--once"}, "", "no entry for this machine", 0},
 		{"once, upstream away", []string{"-c", good, "-h", "nobody", "--once"}, "x  DIFF git ls-remote /nope: exit status 128: ", "gitopper: not all services are OK\n", 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -345,56 +165,6 @@ func TestSecondInstance(t *testing.T) {
 		t.Fatal(err)
 	}
 	again()
-}
-
-func TestExecute(t *testing.T) {
-	ctx := context.Background()
-	dead, cancel := context.WithCancel(ctx)
-	cancel()
-	for _, tc := range []struct {
-		name   string
-		ctx    context.Context
-		limit  time.Duration
-		script string
-		out    string
-		err    string
-	}{
-		{"output", ctx, time.Minute, "echo a; echo b >&2", "a\n", ""},
-		{"words", ctx, time.Minute, "echo first >&2; echo last >&2; exit 3", "", "job: exit status 3: first; last"},
-		{"limit", ctx, 50 * time.Millisecond, "echo waiting >&2; sleep 100 & wait", "", "job: took longer than 50ms and was ended: waiting"},
-		{"ended before", dead, time.Minute, "echo a", "", "job: context canceled"},
-		{"locale", ctx, time.Minute, "echo $LC_ALL", "C\n", ""},
-		{"left behind", ctx, time.Minute, "setsid sleep 100 & echo a", "a\n", ""},
-		{"endless output", ctx, time.Minute, "head -c 90000000 /dev/zero", "", "job: more than 64 MiB of output"},
-		{"leaves its group", ctx, 200 * time.Millisecond, "exec 2>/dev/null; set -m; sleep 3 & wait", "", "took longer than 200ms"},
-		{"much output", ctx, time.Minute, "yes x | head -100000 >&2; exit 1", "", "x; x"},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			out, err := execute(tc.ctx, "job", exec.Command("bash", "-c", tc.script), tc.limit, syscall.SIGKILL)
-			if string(out) != tc.out && tc.err == "" || (err == nil) != (tc.err == "") || err != nil && (!strings.Contains(err.Error(), tc.err) || len(err.Error()) > 1000) {
-				t.Errorf("got %.100q, %v; want %q, %q", out, err, tc.out, tc.err)
-			}
-		})
-	}
-}
-
-func TestRedact(t *testing.T) {
-	for in, want := range map[string]string{
-		"https://user:pass@h/x":                  "https://***h/x",
-		"https://user:p@ss@h/x":                  "https://***h/x",
-		"https://token@h/x":                      "https://***h/x",
-		"ssh://git@h/x git@h:x":                  "ssh://git@h/x git@h:x",
-		"fatal: ssh://git:pw@h/x: no":            "fatal: ssh://***h/x: no",
-		"unable to look up user:s3cret@h (port)": "unable to look up ***h (port)",
-		"a https://x/y and b@c":                  "a https://x/y and b@c",
-		"http://u:p@h/ http://u2:p@i/":           "http://***h/ http://***i/",
-		"https://h/x?private_token=s3cret&a=b":   "https://h/x?private_token=***&a=b",
-	} {
-		if got := redact(in); got != want {
-			t.Errorf("redact(%q) = %q, want %q", in, got, want)
-		}
-	}
 }
 
 // TestREADME holds the README to what the program says: the session is what testdata/demo really prints (in the lab, as
@@ -446,10 +216,10 @@ func TestBootstrap(t *testing.T) {
 	w := newWorld(t)
 	t.Setenv("STATE_DIRECTORY", w.dir+"/state")
 	config := func(extra string) string {
-		return "[global]\nkeys = [{path = \"k.pub\"}]\n[[services]]\nmachine = \"m\"\nservice = \"svc\"\naction = \"reload\"\nsettle = \"0s\"\nupstream = \"file://" + w.up + "\"\nmount = \"" + w.dir + "/mount\"\n" +
+		return "[global]\nkeys = [{path = \"k.pub\"}]\n[[services]]\nmachine = \"m\"\nservice = \"svc\"\naction = \"reload\"\nsettle = \"0s\"\nupstream = \"file://" + w.bare + "\"\nmount = \"" + w.dir + "/mount\"\n" +
 			"dirs = [{local = \"" + w.dir + "/local/etc\", link = \"etc\"}]\n" + extra
 	}
-	args := []string{"-U", "file://" + w.up, "-D", "gitopper", "-M", w.dir + "/own", "-c", "config.toml", "-h", "m"}
+	args := []string{"-U", "file://" + w.bare, "-D", "gitopper", "-M", w.dir + "/own", "-c", "config.toml", "-h", "m"}
 	once := func(want string, status int) {
 		t.Helper()
 		stdout, stderr, got := gitopper(t, append(args, "--once")...)
@@ -466,9 +236,9 @@ func TestBootstrap(t *testing.T) {
 		t.Errorf("app.conf: %q", got)
 	}
 	// Upstream away: it starts with what is there.
-	os.Rename(w.up, w.up+".away")
+	w.upstreamGoes()
 	once("svc "+first[:8]+" DIFF git ls-remote", 1)
-	os.Rename(w.up+".away", w.up)
+	w.upstreamComes()
 	// A wrong config in the checkout: upstream is looked at first.
 	own := w.dir + "/own/gitopper/gitopper/config.toml"
 	if err := os.WriteFile(own, []byte("["), 0o644); err != nil {
@@ -516,36 +286,79 @@ func TestBootstrap(t *testing.T) {
 	}
 }
 
-// TestNoEntryIsNoFailedStart: systemd waits for READY from a unit of Type=notify, also from one that has nothing to do.
-func TestNoEntryIsNoFailedStart(t *testing.T) {
+// TestNoEntryStaysUp: a daemon without an entry for its host is READY and waits for a config that has one.
+func TestNoEntryStaysUp(t *testing.T) {
 	dir := t.TempDir()
 	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: dir + "/notify", Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	for name, text := range map[string]string{"k.pub": testKey, "c.toml": "[global]\nupstream = \"/u\"\nmount = \"/m\"\nkeys = [{path = \"k.pub\"}]\n"} {
+	text := "[global]\nupstream = \"/u\"\nmount = \"/m\"\nkeys = [{path = \"k.pub\"}]\n"
+	for name, text := range map[string]string{"k.pub": testKey, "c.toml": text} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	t.Setenv("NOTIFY_SOCKET", dir+"/notify")
-	t.Setenv("STATE_DIRECTORY", dir+"/state")
-	if _, stderr, status := gitopper(t, "-c", dir+"/c.toml"); status != 0 || !strings.Contains(stderr, "nothing to do") {
-		t.Errorf("%d: %s", status, stderr)
+	cmd := exec.Command("/proc/self/exe", "-r", "-c", dir+"/c.toml", "-h", "m", "-s", "", "-m", "")
+	cmd.Env = append(os.Environ(), "AS_GITOPPER=1", "NOTIFY_SOCKET="+dir+"/notify", "STATE_DIRECTORY="+dir+"/state")
+	var log tail
+	cmd.Stderr = &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
 	}
-	buf := make([]byte, 100)
+	defer cmd.Process.Kill()
+	buf := make([]byte, 1000)
 	l.SetReadDeadline(time.Now().Add(10 * time.Second))
-	if n, err := l.Read(buf); err != nil || string(buf[:n]) != "READY=1" {
+	if n, err := l.Read(buf); err != nil || !strings.HasPrefix(string(buf[:n]), "READY=1") {
 		t.Errorf("told systemd %q, %v", buf[:n], err)
 	}
+	text += "[[services]]\nmachine = \"m\"\nservice = \"x\"\n"
+	if err := os.WriteFile(dir+"/c.toml", []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); cmd.ProcessState.ExitCode() != 2 || !strings.Contains(log.last(), "no entry for this machine") {
+		t.Errorf("%v: %s", err, log.last())
+	}
+}
+
+// TestTakenPortKeepsNothingWaiting: a port that is taken is told, and taken as soon as it is free.
+func TestTakenPortKeepsNothingWaiting(t *testing.T) {
+	w := newWorld(t)
+	w.write("k.pub", testKey)
+	w.write("c.toml", "[global]\nupstream = \"file://"+w.bare+"\"\nmount = \""+w.dir+"/mount\"\nkeys = [{path = \"k.pub\"}]\n"+
+		"[[services]]\nmachine = \"m\"\nservice = \"svc\"\ndirs = [{link = \"etc\"}]\n")
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := taken.Addr().String()
+	cmd := exec.Command("/proc/self/exe", "-c", w.dir+"/c.toml", "-h", "m", "-s", addr, "-m", addr)
+	cmd.Env = append(os.Environ(), "AS_GITOPPER=1", "STATE_DIRECTORY="+w.dir+"/state")
+	log := &lockedBuffer{}
+	cmd.Stderr = log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	told := "--metric: listen tcp " + addr
+	eventually(t, "port told", func() bool { return strings.Contains(log.String(), told) })
+	eventually(t, "first checkout", func() bool { return lexists(w.dir + "/mount/svc/etc/app.conf") })
+	taken.Close()
+	eventually(t, "port taken", func() bool {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
 }
 
 func TestSignals(t *testing.T) {
 	w := newWorld(t)
 	t.Setenv("STATE_DIRECTORY", w.dir+"/state")
 	w.write("k.pub", testKey)
-	w.write("c.toml", "[global]\nupstream = \"file://"+w.up+"\"\nmount = \""+w.dir+"/mount\"\nkeys = [{path = \"k.pub\"}]\n[[services]]\nmachine = \"m\"\nservice = \"svc\"\ndirs = [{link = \"etc\"}]\n")
+	w.write("c.toml", "[global]\nupstream = \"file://"+w.bare+"\"\nmount = \""+w.dir+"/mount\"\nkeys = [{path = \"k.pub\"}]\n[[services]]\nmachine = \"m\"\nservice = \"svc\"\ndirs = [{link = \"etc\"}]\n")
 	for sig, status := range map[os.Signal]int{syscall.SIGTERM: 0, syscall.SIGINT: 0, syscall.SIGHUP: 2} {
 		l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: w.dir + "/notify-" + sig.String(), Net: "unixgram"})
 		if err != nil {

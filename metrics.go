@@ -37,23 +37,28 @@ func (c *counters) add(name, labels string) { c.addFloat(name, labels, 1) }
 func (c *counters) addFloat(name, labels string, v float64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+
 	if c.sums[name] == nil {
 		c.sums[name] = map[string]float64{}
 	}
 	c.sums[name][labels] += v
 }
 
+// samples returns what a counter stands at, by label set.
+func (c *counters) samples(name string) map[string]float64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return maps.Clone(c.sums[name])
+}
+
 // labels builds a label set from names and values.
 func labels(kv ...string) string {
 	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
-	var b strings.Builder
-	for i := 0; i+1 < len(kv); i += 2 {
-		if i > 0 {
-			b.WriteByte(',')
-		}
-		fmt.Fprintf(&b, `%s="%s"`, kv[i], escape.Replace(kv[i+1]))
+	var pairs []string
+	for pair := range slices.Chunk(kv, 2) {
+		pairs = append(pairs, fmt.Sprintf(`%s="%s"`, pair[0], escape.Replace(pair[1])))
 	}
-	return b.String()
+	return strings.Join(pairs, ",")
 }
 
 // startCounters makes every counter of a service present from the start.
@@ -63,7 +68,8 @@ func startCounters(services []*Service) {
 	for _, s := range services {
 		count.addFloat("gitopper_service_drift_total", labels("service", s.service), 0)
 		for _, reason := range []string{"link", "signers", "check", "fallback", "config"} {
-			count.addFloat("gitopper_service_refused_total", labels("service", s.service, "reason", reason), 0)
+			l := labels("service", s.service, "reason", reason)
+			count.addFloat("gitopper_service_refused_total", l, 0)
 		}
 		for _, result := range []string{"ok", "failed"} {
 			l := labels("service", s.service, "result", result)
@@ -79,55 +85,71 @@ type metric struct {
 	samples          map[string]float64
 }
 
-// writeMetrics writes the Prometheus text format, version 0.0.4. See prometheus.io/docs/instrumenting/exposition_formats.
+// writeMetrics writes the Prometheus text format, version 0.0.4.
+// See prometheus.io/docs/instrumenting/exposition_formats.
 func writeMetrics(w io.Writer, services []*Service, configOK bool, started time.Time) {
+	for _, m := range slices.Concat(serviceMetrics(services), processMetrics(configOK, started)) {
+		if m.kind == "counter" && m.samples == nil {
+			m.samples = count.samples(m.name)
+		}
+		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", m.name, m.help, m.kind)
+		for _, set := range slices.Sorted(maps.Keys(m.samples)) {
+			value := strconv.FormatFloat(m.samples[set], 'f', -1, 64)
+			if set != "" {
+				set = "{" + set + "}"
+			}
+			fmt.Fprintf(w, "%s%s %s\n", m.name, set, value)
+		}
+	}
+}
+
+func serviceMetrics(services []*Service) []metric {
 	state, change, info := map[string]float64{}, map[string]float64{}, map[string]float64{}
 	sync, since, last := map[string]float64{}, map[string]float64{}, map[string]float64{}
 	for _, s := range services {
 		st, l := s.Status(), labels("service", s.service)
 		state[l], change[l] = float64(st.state), seconds(st.Change)
 		sync[l], since[l], last[l] = truth(st.InSync), seconds(st.OutOfSync), seconds(st.LastLook)
-		info[labels("service", s.service, "hash", fmt.Sprintf("%.8s", st.Commit), "branch", st.Branch, "upstream", redact(st.Upstream))] = 1
+
+		hash, upstream := fmt.Sprintf("%.8s", st.Commit), redact(st.Upstream)
+		info[labels("service", s.service, "hash", hash, "branch", st.Branch, "upstream", upstream)] = 1
 	}
-	rss, cpu, fds := process()
-	version, goVersion := buildInfo()
-	one := func(v float64) map[string]float64 { return map[string]float64{"": v} }
-	for _, m := range []metric{
-		{"gitopper_service_state", "gauge", "State of the service: 0 OK, 1 FREEZE, 2 ROLLBACK, 3 BROKEN, 4 DIFF.", state},
+
+	return []metric{
+		{"gitopper_service_state", "gauge",
+			"State of the service: 0 OK, 1 FREEZE, 2 ROLLBACK, 3 BROKEN, 4 DIFF.", state},
 		{"gitopper_service_change_time_seconds", "gauge", "When the state last changed, Unix time.", change},
 		{"gitopper_service_info", "gauge", "Which commit of which branch and upstream runs.", info},
 		{"gitopper_service_in_sync", "gauge", "Whether what runs is upstream's newest commit.", sync},
-		{"gitopper_service_out_of_sync_since_seconds", "gauge", "Since when it is not, Unix time; 0 while it is.", since},
+		{"gitopper_service_out_of_sync_since_seconds", "gauge",
+			"Since when it is not, Unix time; 0 while it is.", since},
 		{"gitopper_service_last_look_seconds", "gauge", "Last successful look at upstream, Unix time.", last},
 		{"gitopper_service_drift_total", "counter", "Local edits undone.", nil},
 		{"gitopper_service_refused_total", "counter", "Commits refused or taken back.", nil},
 		{"gitopper_service_actions_total", "counter", "Actions on the unit.", nil},
 		{"gitopper_service_action_seconds_total", "counter", "Time taken by actions on the unit.", nil},
+	}
+}
+
+func processMetrics(configOK bool, started time.Time) []metric {
+	rss, cpu, fds := process()
+	version, goVersion := buildInfo()
+	build := labels("version", version, "goversion", goVersion)
+	one := func(v float64) map[string]float64 { return map[string]float64{"": v} }
+
+	return []metric{
 		{"gitopper_machine_git_errors_total", "counter", "Runs of git that failed.", nil},
 		{"gitopper_machine_git_ops_total", "counter", "Runs of git.", nil},
 		{"gitopper_config_ok", "gauge", "0 while a newer config or key file is wrong.", one(truth(configOK))},
-		{"gitopper_build_info", "gauge", "Version of gitopper and of Go.", map[string]float64{labels("version", version, "goversion", goVersion): 1}},
+		{"gitopper_build_info", "gauge", "Version of gitopper and of Go.", map[string]float64{build: 1}},
 		{"process_start_time_seconds", "gauge", "Start of the process, Unix time.", one(seconds(started))},
 		{"process_resident_memory_bytes", "gauge", "Resident memory.", one(rss)},
 		{"process_cpu_seconds_total", "counter", "User and system CPU time.", one(cpu)},
 		{"process_open_fds", "gauge", "Open file descriptors.", one(fds)},
-	} {
-		if m.samples == nil {
-			count.mu.Lock()
-			m.samples = maps.Clone(count.sums[m.name])
-			count.mu.Unlock()
-		}
-		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", m.name, m.help, m.kind)
-		for _, l := range slices.Sorted(maps.Keys(m.samples)) {
-			set := l
-			if set != "" {
-				set = "{" + set + "}"
-			}
-			fmt.Fprintf(w, "%s%s %s\n", m.name, set, strconv.FormatFloat(m.samples[l], 'f', -1, 64))
-		}
 	}
 }
 
+// seconds is a Unix time; 0 for the zero time.
 func seconds(t time.Time) float64 {
 	if t.IsZero() {
 		return 0
@@ -135,21 +157,16 @@ func seconds(t time.Time) float64 {
 	return float64(t.UnixMilli()) / 1000
 }
 
-func truth(b bool) float64 {
-	if b {
-		return 1
-	}
-	return 0
-}
+func truth(b bool) float64 { return map[bool]float64{true: 1}[b] }
 
 // process reads what proc_pid_statm(5), getrusage(2) and /proc/self/fd say of us.
 func process() (rss, cpu, fds float64) {
-	if data, err := os.ReadFile("/proc/self/statm"); err == nil { // size resident shared text lib data dt, in pages
-		if f := strings.Fields(string(data)); len(f) > 1 {
-			n, _ := strconv.ParseFloat(f[1], 64)
-			rss = n * float64(os.Getpagesize())
-		}
+	data, _ := os.ReadFile("/proc/self/statm")
+	if f := strings.Fields(string(data)); len(f) > 1 { // size resident shared text lib data dt, in pages
+		pages, _ := strconv.ParseFloat(f[1], 64)
+		rss = pages * float64(os.Getpagesize())
 	}
+
 	var ru syscall.Rusage
 	if syscall.Getrusage(syscall.RUSAGE_SELF, &ru) == nil {
 		cpu = float64(ru.Utime.Nano()+ru.Stime.Nano()) / 1e9
@@ -160,20 +177,25 @@ func process() (rss, cpu, fds float64) {
 	return rss, cpu, fds
 }
 
-// healthy names the services whose loop does not turn any more: a loop waits for nothing but its passes, and no pass
-// outlasts the sum of its time limits.
+// healthy names the services whose loop does not turn any more, although its limits would have had it turn by
+// now.
 func healthy(services []*Service) (stuck []string) {
-	now := time.Now().Unix()
+	now := time.Now()
 	for _, s := range services {
-		if busy := s.busy.Load(); busy != 0 && now-busy > int64(4*time.Hour/time.Second) {
+		if s.stuck(now) {
 			stuck = append(stuck, s.service)
 		}
 	}
 	return stuck
 }
 
-// serveMetrics answers /metrics, /healthz and / on l until ctx is done. Connections are few and short, whoever makes them.
-func serveMetrics(ctx context.Context, l net.Listener, services func() []*Service, configOK func() bool, started time.Time) {
+const frontPage = `<!doctype html><title>gitopper</title><h1>gitopper</h1>` +
+	`<ul><li><a href="/metrics">/metrics</a><li><a href="/healthz">/healthz</a></ul>` + "\n"
+
+// serveMetrics answers /metrics, /healthz and / on l until ctx is done. Connections are few and short,
+// whoever makes them.
+func serveMetrics(ctx context.Context, l net.Listener, services func() []*Service, configOK func() bool,
+	started time.Time) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		var b bytes.Buffer
@@ -190,21 +212,33 @@ func serveMetrics(ctx context.Context, l net.Listener, services func() []*Servic
 	})
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		fmt.Fprint(w, `<!doctype html><title>gitopper</title><h1>gitopper</h1><ul><li><a href="/metrics">/metrics</a><li><a href="/healthz">/healthz</a></ul>`+"\n")
+		fmt.Fprint(w, frontPage)
 	})
-	server := &http.Server{Handler: mux, ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
-		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug)}
+
+	server := &http.Server{
+		Handler: mux, ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
+		ConnState: closeOldest(64), ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
+	}
 	server.SetKeepAlivesEnabled(false)
-	// No more than 64 connections, so that they can't take git's descriptors; a further one takes the place of the oldest, so
-	// that they can't keep others out.
+	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
+	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		slog.Error(fmt.Sprintf("metrics: %v", err))
+	}
+}
+
+// closeOldest keeps a server at limit connections, so that they can't take git's descriptors: a further one
+// takes the place of the oldest, so that they can't keep others out.
+func closeOldest(limit int) func(net.Conn, http.ConnState) {
 	var mu sync.Mutex
 	var open []net.Conn // the oldest first
-	server.ConnState = func(c net.Conn, state http.ConnState) {
+	return func(c net.Conn, state http.ConnState) {
 		mu.Lock()
 		defer mu.Unlock()
+
 		switch state {
 		case http.StateNew:
-			if open = append(open, c); len(open) > 64 {
+			open = append(open, c)
+			if len(open) > limit {
 				_ = open[0].Close()
 				open = open[1:]
 			}
@@ -212,13 +246,10 @@ func serveMetrics(ctx context.Context, l net.Listener, services func() []*Servic
 			open = slices.DeleteFunc(open, func(o net.Conn) bool { return o == c })
 		}
 	}
-	context.AfterFunc(ctx, func() { server.Close() })
-	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		slog.Error(fmt.Sprintf("metrics: %v", err))
-	}
 }
 
-// buildInfo returns the version of the binary, which the go command takes from the module or from git, and that of Go.
+// buildInfo returns the version of the binary, which the go command takes from the module or from git, and
+// that of Go.
 func buildInfo() (version, goVersion string) {
 	if info, ok := debug.ReadBuildInfo(); ok {
 		version = info.Main.Version

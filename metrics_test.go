@@ -15,16 +15,10 @@ import (
 
 func testServices(t *testing.T) []*Service {
 	t.Helper()
-	dir := t.TempDir()
-	a := newService(spec{upstream: "https://user:secret@example.org/c.git", branch: "main", mount: dir, service: "prometheus"}, dir, time.Hour)
-	b := newService(spec{upstream: "/u\"\\\n", branch: "x", mount: dir, service: "caddy@1"}, dir, time.Hour)
 	when := time.Unix(1668762892, 500e6)
-	for _, s := range []*Service{a, b} { // as after a pass
-		s.passed, s.rec.State, s.rec.Change, s.rec.OutOfSync = true, "OK", when, when
-		s.publishStatus()
-	}
-	a.rec.Live, a.rec.Tip, a.rec.LastLook = strings.Repeat("12345678", 5), strings.Repeat("12345678", 5), when
-	a.publishStatus()
+	a := statusService(Status{Service: "prometheus", Upstream: "https://user:secret@example.org/c.git", Branch: "main",
+		Commit: strings.Repeat("12345678", 5), Change: when, InSync: true, LastLook: when})
+	b := statusService(Status{Service: "caddy@1", Upstream: "/u\"\\\n", Branch: "x", Change: when, OutOfSync: when})
 	return []*Service{a, b}
 }
 
@@ -111,7 +105,7 @@ func TestHTTP(t *testing.T) {
 	if code, _ := get("/healthz"); code != 200 {
 		t.Errorf("/healthz during a flood: %d", code)
 	}
-	services[0].busy.Store(time.Now().Add(-5 * time.Hour).Unix())
+	services[0].deadline.Store(time.Now().Add(-time.Hour).Unix())
 	if code, body := get("/healthz"); code != 503 || !strings.Contains(body, "stuck: prometheus") {
 		t.Errorf("/healthz with a loop that hangs: %d %s", code, body)
 	}

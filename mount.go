@@ -1,261 +1,416 @@
 package main
 
 import (
-	"bytes"
-	"cmp"
-	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
+	"log/slog"
 	"os"
-	"os/exec"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
-	"time"
 	"unsafe"
 )
 
-// Numbers and flags that the syscall package lacks: open(2), open_tree(2), move_mount(2).
+// Numbers and flags that the syscall package lacks: open_tree(2), move_mount(2).
 const (
-	oPath          = 0x200000
-	atEmptyPath    = 0x1000
 	sysOpenTree    = 428
 	sysMoveMount   = 429
 	openTreeClone  = 0x1
-	moveMountFds   = 0x4 | 0x40 // both paths empty: from and to are the descriptors themselves
+	atEmptyPath    = 0x1000
+	moveMountFds   = 0x4 | 0x40 // both paths are empty: from and to are the descriptors themselves
 	moveMountBelow = 0x200
 )
 
-// openBelow opens name below the directory fd dir as a place (O_PATH), following no symbolic link on the way.
-func openBelow(dir int, name string) (int, error) {
-	fd, err := syscall.Openat(dir, ".", oPath|syscall.O_CLOEXEC, 0)
-	if err != nil {
-		return -1, err
-	}
-	for _, c := range strings.Split(name, "/") {
-		next, err := syscall.Openat(fd, c, oPath|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0)
-		syscall.Close(fd)
-		if err != nil {
-			return -1, &fs.PathError{Op: "open", Path: name, Err: err}
-		}
-		fd = next
-	}
-	var st syscall.Stat_t
-	if err := syscall.Fstat(fd, &st); err != nil || st.Mode&syscall.S_IFMT == syscall.S_IFLNK {
-		syscall.Close(fd)
-		return -1, &fs.PathError{Op: "open", Path: name, Err: cmp.Or(err, error(syscall.ELOOP))}
-	}
-	return fd, nil
+// mountTable is what a record remembers of mounts.
+type mountTable struct {
+	Shown []shown  // our mounts; of several entries for one local the last is the wanted one
+	Made  []string // what was made to mount on, outer ones first
 }
 
-// openTarget opens local, an absolute path, as a place (O_PATH) to mount on. Below the first directory that someone other
-// than root can write, no component may be a symbolic link: its owner could send root's mount anywhere. With make, what is
-// missing is made: parents belong to root, mode 0755, the last component (a directory, or an empty file) to uid and gid.
-func openTarget(local string, file, make bool, uid, gid int) (_ int, err error) {
-	fd, err := syscall.Open("/", oPath|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
-	if err != nil {
-		return -1, err
-	}
-	defer func() {
-		if err != nil {
-			syscall.Close(fd)
-			err = &fs.PathError{Op: "mount target", Path: local, Err: err}
+// shown is one mount of ours.
+type shown struct {
+	Local, Link, Checkout string // Checkout is the service's directory that Link lies in
+	Kind                  kind
+}
+
+// wantedShows returns the mounts that dirs ask for.
+func wantedShows(checkout string, dirs []dir) (all []shown) {
+	for _, d := range dirs {
+		if d.local != "" {
+			all = append(all, shown{d.local, d.link, checkout, d.kind})
 		}
-	}()
-	at, trusted, links := "/", true, 0
-	rest := strings.Split(path.Clean(local), "/")
-	for len(rest) > 0 {
-		c := rest[0]
-		if rest = rest[1:]; c == "" || c == "." {
+	}
+	return all
+}
+
+// show makes every local of dirs show its link of the checkout; save is called before something is made or
+// mounted that the table must remember. changed says that a mount was made or changed. Each local is tried,
+// whatever happened to the others.
+func (t *mountTable) show(
+	service, checkout string, dirs []dir, a account, save func() error,
+) (changed bool, err error) {
+	wants := wantedShows(checkout, dirs)
+	before, made := slices.Clone(t.Shown), len(t.Made)
+	right := map[shown]bool{}
+	for _, w := range wants {
+		right[w] = shows(checkout, w.Link, w.Local)
+		t.remember(w.Local)
+	}
+	t.name(wants, right)
+	if !slices.Equal(before, t.Shown) || made != len(t.Made) {
+		if err := save(); err != nil {
+			return false, err
+		}
+	}
+
+	var errs error
+	for _, w := range wants {
+		if right[w] {
 			continue
 		}
-		var st syscall.Stat_t
-		if err := syscall.Fstat(fd, &st); err != nil {
-			return -1, err
+		err := t.mount(service, w, a.uid)
+		right[w] = err == nil
+		changed = changed || right[w]
+		errs = errors.Join(errs, err)
+	}
+	t.name(wants, right)
+	return changed, errs
+}
+
+// name puts wants into the table, each as the last entry for its local. The others, whose mounts may still be
+// there, leave it only when the local shows the right one.
+func (t *mountTable) name(wants []shown, right map[shown]bool) {
+	for _, w := range wants {
+		t.Shown = slices.DeleteFunc(t.Shown, func(s shown) bool {
+			old := s.Local == w.Local && right[w]
+			return s == w || old
+		})
+		t.Shown = append(t.Shown, w)
+	}
+}
+
+// restore makes every mount that the table names again, with nothing but the table: the first thing after a
+// boot, before there is a config. A checkout counts only where it is root's, for after a boot anybody may
+// have made one in a directory such as /tmp. Where a taking over was cut short the link may still lie beside
+// it.
+func (t *mountTable) restore(service string) (errs error) {
+	for _, w := range slices.Clone(t.Shown) {
+		for _, beside := range []string{"", ".new", ".before"} {
+			if at := w.Checkout + beside; lexists(at + "/" + w.Link) {
+				w.Checkout = at
+				break
+			}
 		}
-		trusted = trusted && st.Uid == 0 && st.Mode&0o022 == 0
-		next, err := syscall.Openat(fd, c, oPath|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0)
-		if err == syscall.ENOENT && make {
-			if err = makeAt(fd, c, file && len(rest) == 0); err == nil {
-				next, err = syscall.Openat(fd, c, oPath|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0)
-			}
-			if err == nil && len(rest) == 0 && (uid != os.Getuid() || gid != os.Getgid()) {
-				if err = giveAway(next, file, uid, gid); err != nil {
-					syscall.Close(next)
-				}
-			}
-		}
-		if err != nil {
-			return -1, err
-		}
-		if err := syscall.Fstat(next, &st); err != nil {
-			syscall.Close(next)
-			return -1, err
-		}
-		if st.Mode&syscall.S_IFMT == syscall.S_IFLNK {
-			syscall.Close(next)
-			to, err := os.Readlink(fdPath(fd) + "/" + c)
-			if links++; err == nil && links > 40 {
-				err = syscall.ELOOP
-			}
-			if err == nil && !trusted {
-				err = fmt.Errorf("%s is a symbolic link below a directory that others than root can write: name the directory it points to", path.Join(at, c))
-			}
-			if err != nil {
-				return -1, err
-			}
-			// Everything above is root's alone, so it can't change under our feet.
-			rest = append(strings.Split(to, "/"), rest...)
-			if path.IsAbs(to) {
-				syscall.Close(fd)
-				if fd, err = syscall.Open("/", oPath|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0); err != nil {
-					return -1, err
-				}
-				at = "/"
-			}
+		if shows(w.Checkout, w.Link, w.Local) {
 			continue
 		}
-		syscall.Close(fd)
-		fd, at = next, path.Join(at, c)
+		t.remember(w.Local)
+		errs = errors.Join(errs, t.mount(service, w, os.Getuid()))
 	}
-	return fd, nil
+	return errs
 }
 
-func makeAt(dir int, name string, file bool) error {
-	if !file {
-		return syscall.Mkdirat(dir, name, 0o755)
+// makeTargets makes an empty directory or file at every local that is missing, so that a check has something
+// to mount on.
+func (t *mountTable) makeTargets(dirs []dir, a account, save func() error) error {
+	wants, made := wantedShows("", dirs), len(t.Made)
+	for _, w := range wants {
+		t.remember(w.Local)
 	}
-	fd, err := syscall.Openat(dir, name, syscall.O_WRONLY|syscall.O_CREAT|syscall.O_EXCL|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0o644)
-	if err == nil {
-		syscall.Close(fd)
+	if len(t.Made) == made {
+		return nil
 	}
-	return err
-}
-
-// giveAway gives what was just made to uid and gid, unless the owner of its directory has put something else in its place.
-func giveAway(fd int, file bool, uid, gid int) error {
-	var st syscall.Stat_t
-	if err := syscall.Fstat(fd, &st); err != nil {
+	if err := save(); err != nil {
 		return err
 	}
-	if int(st.Uid) != os.Getuid() || file && (st.Mode&syscall.S_IFMT != syscall.S_IFREG || st.Nlink != 1 || st.Size != 0) || !file && st.Mode&syscall.S_IFMT != syscall.S_IFDIR {
-		return errors.New("somebody replaced it while it was made")
+
+	for _, w := range wants {
+		p, err := makePlace(w.Local, w.Kind, a)
+		if err != nil {
+			return err
+		}
+		p.close()
 	}
-	return os.Chown(fdPath(fd), uid, gid) // fchown(2) takes no O_PATH descriptor
+	return nil
 }
 
-// fdPath names an open descriptor such that system calls which take a path reach exactly what it holds. See proc_pid_fd(5).
-func fdPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
+// remember notes what has to be made to mount on local: later nobody could tell whose it is.
+func (t *mountTable) remember(local string) {
+	for p := local; p != "/" && !lexists(p); p = filepath.Dir(p) {
+		if !slices.Contains(t.Made, p) {
+			t.Made = append(t.Made, p)
+		}
+	}
+	slices.Sort(t.Made)
+}
 
-// shows says whether local shows today's link of the checkout dir. It is false for a mount that is missing, stale, foreign
-// or covered by another one.
-func shows(dir, link, local string) bool {
-	a, err1 := os.Lstat(dir + "/" + link)
+// sweep takes away our mounts that dirs does not want any more, and what was made for them. It returns the
+// points that went. One that can't be unmounted holds up no other, and stays in the table.
+func (t *mountTable) sweep(
+	service, checkout string, dirs []dir, save func() error,
+) (gone []string, errs error) {
+	wants := wantedShows(checkout, dirs)
+	wanted := wantedPoints(wants)
+	var stuck []string
+	for {
+		mounts, err := readMountinfo()
+		if err != nil {
+			return gone, err
+		}
+		surplus := slices.DeleteFunc(t.surplus(mounts, wants, wanted), func(m mountPoint) bool {
+			return slices.Contains(stuck, m.point)
+		})
+		if len(surplus) == 0 {
+			break
+		}
+		for _, m := range surplus {
+			if err := unbind(m.point); err != nil {
+				stuck = append(stuck, m.point)
+				errs = errors.Join(errs, fmt.Errorf("unmount %s: %w", m.point, err))
+			} else if !slices.Contains(wanted, m.point) {
+				gone = append(gone, m.point)
+				slog.Info(fmt.Sprintf("%s: unmounted %s, which is no longer in dirs", service, m.point))
+			}
+		}
+	}
+
+	keep := slices.Concat(wanted, stuck)
+	t.Shown = slices.DeleteFunc(t.Shown, func(s shown) bool { return !slices.Contains(keep, resolve(s.Local)) })
+	t.Made = unmake(t.Made, wanted)
+	return gone, errors.Join(errs, save())
+}
+
+// surplus returns those of our mounts that are to be taken away next: the visible ones at points that are not
+// wanted, and at the others the upper one of two, for a swap that was cut short left the newer one below it.
+// Under somebody else's mount ours can't be reached, and hides nothing.
+func (t *mountTable) surplus(mounts []mountPoint, wants []shown, wanted []string) (all []mountPoint) {
+	own := t.own(mounts, wants)
+	for _, m := range own {
+		if *visible(mounts, m.point) != m {
+			continue
+		}
+		beneath := func(o mountPoint) bool { return o.id == m.parent && o.point == m.point }
+		if !slices.Contains(wanted, m.point) || slices.ContainsFunc(own, beneath) {
+			all = append(all, m)
+		}
+	}
+	return all
+}
+
+// wantedPoints returns the locals of wants, and where they lie. One of the wrong kind can only be a mount, or
+// what was made for it, from before: it is not among them.
+func wantedPoints(wants []shown) (points []string) {
+	for _, w := range wants {
+		if fi, err := os.Stat(w.Local); err != nil || fi.IsDir() == (w.Kind == aDirectory) {
+			points = append(points, w.Local, resolve(w.Local))
+		}
+	}
+	return points
+}
+
+// aside is where mounts of a service's own files lie apart from its links: in its directory of ours, when a
+// file was exchanged and its mount not yet, and beside its checkout, when that was taken over and renamed.
+var aside = regexp.MustCompile(`^(/` + regexp.QuoteMeta(ourDir) + `|\.new|\.before(\.[0-9]+)?)/`)
+
+// own returns those mounts that are ours: their source lies below a link that the table or wants names, or
+// they are on a local named there and their source is aside. A checkout of another service's may nest in
+// ours.
+func (t *mountTable) own(mounts []mountPoint, wants []shown) (own []mountPoint) {
+	names := slices.Concat(t.Shown, wants)
+	sources := map[string]source{}
+	points := map[string]string{}
+	for _, n := range names {
+		if _, known := sources[n.Checkout]; !known {
+			sources[n.Checkout] = locate(mounts, resolve(n.Checkout))
+		}
+		points[n.Local] = resolve(n.Local)
+	}
+
+	for _, m := range mounts {
+		mine := func(n shown) bool {
+			rest, ok := sources[n.Checkout].below(m)
+			if !ok {
+				return false
+			}
+			return isBelow(rest, "/"+n.Link) || m.point == points[n.Local] && aside.MatchString(rest)
+		}
+		if slices.ContainsFunc(names, mine) {
+			own = append(own, m)
+		}
+	}
+	return own
+}
+
+// resolve returns where a path leads, also when its end is missing.
+func resolve(name string) string {
+	for at := name; at != "/" && at != "."; at = filepath.Dir(at) {
+		if real, err := filepath.EvalSymlinks(at); err == nil {
+			return path.Join(real, strings.TrimPrefix(name, at))
+		}
+	}
+	return name
+}
+
+// isBelow says whether a path is dir or lies in it.
+func isBelow(name, dir string) bool { return name == dir || strings.HasPrefix(name, dir+"/") }
+
+// shows says whether local shows today's link of the checkout. It is false for a mount that is missing,
+// stale, foreign or covered by another one.
+func shows(checkout, link, local string) bool {
+	a, err1 := os.Lstat(checkout + "/" + link)
 	b, err2 := os.Stat(local)
 	return err1 == nil && err2 == nil && os.SameFile(a, b)
 }
 
-// bind makes local show link of the checkout root, by a mount of the link's very descriptor. A mount of ours that shows
-// something else is replaced from beneath (Linux 6.5), so that local is never seen without; before that kernel what lies
-// beneath shows for an instant.
-func bind(root *os.Root, d dir, a account, ours bool) (err error) {
+// mount makes w's local show its link, by a mount of the link's very descriptor, in place of a mount of ours
+// or on top of anybody else's. The checkout must be root's, or belong to the user uid, as those of an older
+// gitopper do. What has to be made for the mount belongs to the owner of what it shows.
+func (t *mountTable) mount(service string, w shown, uid int) (err error) {
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("mount %q on %s: %w", d.link, d.local, err)
+			err = fmt.Errorf("mount %q on %s: %w", w.Link, w.Local, err)
 		}
 	}()
-	top, err := root.Open(".")
+	src, err := w.source(uid)
 	if err != nil {
 		return err
 	}
-	defer top.Close()
-	src, err := openBelow(int(top.Fd()), d.link)
+	defer src.close()
+	st, err := src.stat()
 	if err != nil {
 		return err
 	}
-	defer syscall.Close(src)
-	t, err := openTarget(d.local, d.file, true, a.uid, a.gid)
+	dst, err := makePlace(w.Local, w.Kind, account{uid: int(st.Uid), gid: int(st.Gid)})
 	if err != nil {
 		return err
 	}
-	defer func() { syscall.Close(t) }()
-	var s, l syscall.Stat_t
-	if err := errors.Join(syscall.Fstat(src, &s), syscall.Fstat(t, &l)); err != nil {
+	defer dst.close()
+	for _, p := range []place{src, dst} {
+		if (p.kind() == syscall.S_IFDIR) != (w.Kind == aDirectory) {
+			many := map[kind]string{aFile: "files", aDirectory: "directories"}[w.Kind]
+			return fmt.Errorf("they must both be %s: move %s away, or change file", many, w.Local)
+		}
+	}
+
+	mounts, err := readMountinfo()
+	if err != nil {
 		return err
 	}
-	if (l.Mode&syscall.S_IFMT == syscall.S_IFDIR) == d.file || (s.Mode&syscall.S_IFMT == syscall.S_IFDIR) == d.file {
-		return fmt.Errorf("they must both be %s: move %s away, or change file", map[bool]string{true: "files", false: "directories"}[d.file], d.local)
+	top := visible(mounts, resolve(w.Local))
+	if top != nil && slices.Contains(t.own(mounts, nil), *top) {
+		err = replaceMount(src, dst, w.Local)
+	} else {
+		err = syscall.Mount(src.path(), dst.path(), "", syscall.MS_BIND, "")
 	}
-	if ours {
-		if err := swapBeneath(src, t); !errors.Is(err, syscall.EINVAL) && !errors.Is(err, syscall.ENOSYS) {
-			return err
-		}
-		if err := syscall.Unmount(fdPath(t), syscall.MNT_DETACH); err != nil {
-			return err
-		}
-		syscall.Close(t)
-		if t, err = openTarget(d.local, d.file, false, 0, 0); err != nil {
-			return err
-		}
+	if err != nil {
+		return err
 	}
-	return syscall.Mount(fdPath(src), fdPath(t), "", syscall.MS_BIND, "")
+	if !shows(w.Checkout, w.Link, w.Local) {
+		return errors.New("it does not show there after it was mounted: another mount covers it")
+	}
+	slog.Info(fmt.Sprintf("%s: mounted %s on %s", service, w.Link, w.Local))
+	return nil
+}
+
+// source opens the link, following nothing that others than root can have made.
+func (w shown) source(uid int) (place, error) {
+	top, err := openPlace(w.Checkout)
+	if err != nil {
+		return place{-1}, err
+	}
+	defer top.close()
+
+	st, err := top.stat()
+	if err != nil {
+		return place{-1}, err
+	}
+	if int(st.Uid) != uid && !top.rootsAlone() {
+		return place{-1}, fmt.Errorf("%s belongs to neither root nor the service's user", w.Checkout)
+	}
+	return top.below(w.Link)
+}
+
+// replaceMount swaps the topmost mount of dst, which is at local, for one of src, such that local is never
+// seen without; before Linux 6.5, which can't, what lies beneath shows for an instant.
+func replaceMount(src, dst place, local string) error {
+	err := swapBeneath(src, dst)
+	old := errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOSYS)
+	if !old {
+		return err
+	}
+	if err := syscall.Unmount(dst.path(), syscall.MNT_DETACH); err != nil {
+		return err
+	}
+	beneath, err := openPlace(local)
+	if err != nil {
+		return err
+	}
+	defer beneath.close()
+	return syscall.Mount(src.path(), beneath.path(), "", syscall.MS_BIND, "")
 }
 
 // swapBeneath puts a mount of src under the topmost mount of dst, then takes that one off.
-func swapBeneath(src, dst int) error {
+func swapBeneath(src, dst place) error {
 	empty := []byte{0}
 	e := uintptr(unsafe.Pointer(&empty[0]))
-	mfd, _, errno := syscall.Syscall(sysOpenTree, uintptr(src), e, atEmptyPath|openTreeClone|syscall.O_CLOEXEC)
+	const clone = atEmptyPath | openTreeClone | syscall.O_CLOEXEC
+	mount, _, errno := syscall.Syscall(sysOpenTree, uintptr(src.fd), e, clone)
 	if errno != 0 {
 		return errno
 	}
-	defer syscall.Close(int(mfd))
-	if _, _, errno := syscall.Syscall6(sysMoveMount, mfd, e, uintptr(dst), e, moveMountFds|moveMountBelow, 0); errno != 0 {
+	defer syscall.Close(int(mount))
+
+	const beneath = moveMountFds | moveMountBelow
+	_, _, errno = syscall.Syscall6(sysMoveMount, mount, e, uintptr(dst.fd), e, beneath, 0)
+	if errno != 0 {
 		return errno
 	}
-	return syscall.Unmount(fdPath(dst), syscall.MNT_DETACH)
+	return syscall.Unmount(dst.path(), syscall.MNT_DETACH)
 }
 
-// unbind takes the topmost mount off local.
-func unbind(local string) error {
-	t, err := openTarget(local, false, false, 0, 0)
+// unbind takes the topmost mount off a point.
+func unbind(point string) error {
+	p, err := openPlace(point)
 	if err != nil {
 		return err
 	}
-	defer syscall.Close(t)
-	return syscall.Unmount(fdPath(t), syscall.MNT_DETACH)
+	defer p.close()
+	return syscall.Unmount(p.path(), syscall.MNT_DETACH)
 }
 
-// unmake removes what was made to mount on, where it is still empty; it returns what had to stay.
-func unmake(made []string) (stay []string) {
-	for i := len(made) - 1; i >= 0; i-- {
-		dir, err := openTarget(filepath.Dir(made[i]), false, false, 0, 0)
+// unmake removes what was made to mount on, where it is still empty, but for what needed lies in; it returns
+// what stays ours. What is of another kind, or has content, is somebody's own by now.
+func unmake(made, needed []string) (stay []string) {
+	for _, name := range slices.Backward(made) {
+		inIt := func(p string) bool { return isBelow(p, name) }
+		if slices.ContainsFunc(needed, inIt) || slices.ContainsFunc(stay, inIt) {
+			stay = append(stay, name)
+			continue
+		}
+		dir, err := openPlace(filepath.Dir(name))
 		if err != nil {
 			continue // its directory is gone, or no longer root's to walk
 		}
-		at := fdPath(dir) + "/" + filepath.Base(made[i])
-		fi, err := os.Lstat(at)
-		switch {
-		case err != nil:
-		case fi.Mode().IsRegular() && fi.Size() == 0:
+		at := dir.path() + "/" + filepath.Base(name)
+		if fi, serr := os.Lstat(at); serr != nil {
+			err = serr
+		} else if fi.IsDir() {
+			err = syscall.Rmdir(at)
+		} else if fi.Mode().IsRegular() && fi.Size() == 0 {
 			err = os.Remove(at)
-		case fi.IsDir():
-			inner := func(p string) bool { return strings.HasPrefix(p, made[i]+"/") }
-			if err = syscall.Rmdir(at); err == syscall.ENOTEMPTY && !slices.ContainsFunc(stay, inner) {
-				err = nil // in use by others by now: theirs
-			}
 		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			stay = append(stay, made[i])
+		dir.close()
+
+		theirs := errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, fs.ErrNotExist)
+		if err != nil && !theirs {
+			stay = append(stay, name)
 		}
-		syscall.Close(dir)
 	}
+	slices.Sort(stay)
 	return stay
 }
 
@@ -289,7 +444,8 @@ func readMountinfo() ([]mountPoint, error) {
 	return parseMountinfo(string(text))
 }
 
-// visible returns the topmost mount at point, nil if there is none.
+// visible returns the topmost mount at point, nil if there is none. Of several that nothing covers there all
+// but the last lie under a mount on a directory above.
 func visible(mounts []mountPoint, point string) *mountPoint {
 	covered := map[string]bool{}
 	for _, m := range mounts {
@@ -297,7 +453,7 @@ func visible(mounts []mountPoint, point string) *mountPoint {
 			covered[m.parent] = true
 		}
 	}
-	for i, m := range mounts {
+	for i, m := range slices.Backward(mounts) {
 		if m.point == point && !covered[m.id] {
 			return &mounts[i]
 		}
@@ -305,241 +461,36 @@ func visible(mounts []mountPoint, point string) *mountPoint {
 	return nil
 }
 
-// sourcesBelow returns the mounts whose source lies in dir, a path on the host: mounts of a checkout, whoever made
-// them, also when their file or directory is gone by now.
-func sourcesBelow(mounts []mountPoint, dir string) []mountPoint {
-	var holder *mountPoint
-	at := dir
-	for ; ; at = filepath.Dir(at) {
-		if holder = visible(mounts, at); holder != nil || at == "/" {
+// source is where a directory lies: path on a device, seen through the mount holder. The zero source is
+// nowhere.
+type source struct{ device, path, holder string }
+
+// locate returns where a directory of the host lies, whether it exists or not.
+func locate(mounts []mountPoint, dir string) source {
+	for at := dir; filepath.IsAbs(at); at = filepath.Dir(at) {
+		if m := visible(mounts, at); m != nil {
+			return source{m.device, path.Join(m.root, strings.TrimPrefix(dir, at)), m.id}
+		}
+		if at == "/" {
 			break
 		}
 	}
-	if holder == nil {
-		return nil
-	}
-	source := path.Join(holder.root, strings.TrimPrefix(dir, at))
-	var below []mountPoint
-	for _, m := range mounts {
-		root := strings.TrimSuffix(m.root, "//deleted")
-		if m.device == holder.device && m.id != holder.id && (root == source || strings.HasPrefix(root, source+"/")) {
-			below = append(below, m)
-		}
-	}
-	return below
+	return source{}
 }
 
-// privateNamespace says whether our mounts stay invisible to the host: PID 1 is in another mount namespace. See mount_namespaces(7).
+// below returns what follows the source's path in that of what m shows, also when that is deleted by now; ok
+// says that it begins with the source's path.
+func (s source) below(m mountPoint) (rest string, ok bool) {
+	if m.device != s.device || m.id == s.holder {
+		return "", false
+	}
+	return strings.CutPrefix(strings.TrimSuffix(m.root, "//deleted"), s.path)
+}
+
+// privateNamespace says whether our mounts stay invisible to the host: PID 1 is in another mount namespace.
+// See mount_namespaces(7).
 func privateNamespace() bool {
 	a, err1 := os.Readlink("/proc/self/ns/mnt")
 	b, err2 := os.Readlink("/proc/1/ns/mnt")
 	return err1 == nil && err2 == nil && a != b
-}
-
-const checkLimit = time.Minute
-
-// view is what a check child is told on its standard input: what to show where, and what to run then.
-type view struct {
-	Dir      string // an empty directory of ours, on which the child mounts a tmpfs for its own use
-	Checkout string
-	Shows    []shown
-	Absent   [][]byte // removed paths, relative to Checkout; bytes, for JSON spoils names that are not UTF-8
-	Argv     []string
-}
-
-type shown struct {
-	Local, Link string
-	File        bool
-}
-
-// runCheck runs v.Argv in a mount and PID namespace of its own, in which every local shows the candidate: what is staged over
-// what is live, less what the commit removes, read-only. Other processes see nothing of it; all that it mounts and starts
-// is gone when it ends. A command that does not accept the candidate is a *refusal with its last words.
-func runCheck(ctx context.Context, scratch string, v view) error {
-	if _, err := exec.LookPath(v.Argv[0]); err != nil {
-		return fmt.Errorf("check: %w: the commit waits", err)
-	}
-	if err := os.MkdirAll(scratch, 0o700); err != nil {
-		return err
-	}
-	v.Dir = scratch
-	spec, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	// The pipe stays empty when the command is executed (close-on-exec): what comes through it is our own trouble, not the command's.
-	trouble, status, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer trouble.Close()
-	cmd := exec.Command("/proc/self/exe", checkChild)
-	cmd.Dir, cmd.Stdin, cmd.ExtraFiles = "/", bytes.NewReader(spec), []*os.File{status}
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=/root"}
-	last := &tail{}
-	cmd.Stdout, cmd.Stderr = last, last
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
-	_, err = execute(ctx, "check "+v.Argv[0], cmd, checkLimit, syscall.SIGKILL)
-	status.Close()
-	if err == nil || ctx.Err() != nil {
-		return err
-	}
-	if msg, _ := io.ReadAll(io.LimitReader(trouble, 4096)); len(msg) > 0 {
-		return fmt.Errorf("check: %s", msg)
-	}
-	return &refusal{Reason: "check", Info: err.Error()}
-}
-
-// checkChild is the argument with which the binary is run as a check's child; nobody types it.
-const checkChild = "check-child"
-
-// runCheckChild is the child's side of runCheck: PID 1 of its namespace, it builds the view and becomes the command.
-func runCheckChild() error {
-	syscall.CloseOnExec(3)
-	var v view
-	if err := json.NewDecoder(os.Stdin).Decode(&v); err != nil {
-		return err
-	}
-	null, err := syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
-	if err == nil {
-		err = syscall.Dup3(null, 0, 0)
-	}
-	if err != nil {
-		return err
-	}
-	// Nothing of ours may reach the host.
-	if err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("make mounts private: %w", err)
-	}
-	if err := syscall.Mount("proc", "/proc", "proc", syscall.MS_NOSUID|syscall.MS_NODEV|syscall.MS_NOEXEC, ""); err != nil {
-		return fmt.Errorf("mount /proc: %w", err)
-	}
-	if err := syscall.Mount("tmpfs", v.Dir, "tmpfs", syscall.MS_NOSUID, "mode=0700"); err != nil {
-		return fmt.Errorf("mount tmpfs: %w", err)
-	}
-	// Relative names in the tmpfs, for the option string of an overlay gives : and , a meaning of their own.
-	if err := os.Chdir(v.Dir); err != nil {
-		return err
-	}
-	for i, s := range v.Shows {
-		if err := showCandidate(&v, s, strconv.Itoa(i)); err != nil {
-			return fmt.Errorf("show the candidate at %s: %w", s.Local, err)
-		}
-	}
-	if err := os.Chdir("/"); err != nil {
-		return err
-	}
-	exe, err := exec.LookPath(v.Argv[0])
-	if err != nil {
-		return err
-	}
-	return fmt.Errorf("%s: %w", exe, syscall.Exec(exe, v.Argv, os.Environ()))
-}
-
-// showCandidate makes one local show the candidate. A directory is an overlay without an upper layer, so read-only: whiteouts
-// (overlayfs.txt: a character device 0/0) over the staged files over the live ones, which costs what the commit changes.
-// Sources and target are opened anew here, without following links of the owner's, and used by descriptor.
-func showCandidate(v *view, s shown, n string) error {
-	t, err := openTarget(s.Local, s.File, false, 0, 0)
-	if err != nil {
-		return err
-	}
-	top, err := openTarget(v.Checkout, false, false, 0, 0)
-	if err != nil {
-		return err
-	}
-	var layer []int // what is staged, then what is live
-	for _, p := range []string{stageDir + "/" + s.Link, s.Link} {
-		var st syscall.Stat_t
-		if fd, err := openBelow(top, p); err == nil {
-			if err := syscall.Fstat(fd, &st); err != nil {
-				return err
-			}
-			if p == s.Link && (st.Mode&syscall.S_IFMT == syscall.S_IFDIR) == s.File {
-				continue // what is live is of another kind than what the candidate has there
-			}
-			layer = append(layer, fd)
-		} else if !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	if len(layer) == 0 {
-		return fs.ErrNotExist
-	}
-	if s.File {
-		if err := syscall.Mount(fdPath(layer[0]), fdPath(t), "", syscall.MS_BIND, ""); err != nil {
-			return err
-		}
-		if t, err = openTarget(s.Local, true, false, 0, 0); err != nil {
-			return err
-		}
-		return syscall.Mount("", fdPath(t), "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, "")
-	}
-	white := "w" + n
-	if err := os.Mkdir(white, 0o755); err != nil {
-		return err
-	}
-	staged, live := filepath.Join(v.Checkout, stageDir, s.Link), filepath.Join(v.Checkout, s.Link)
-	for _, rel := range vanished(v.Absent, s.Link, staged, live) {
-		if err := os.MkdirAll(filepath.Join(white, filepath.Dir(rel)), 0o755); err != nil {
-			return err
-		}
-		if err := syscall.Mknod(filepath.Join(white, rel), syscall.S_IFCHR|0o600, 0); err != nil {
-			return err
-		}
-	}
-	layers := white
-	for i, fd := range layer {
-		l := fmt.Sprintf("l%s.%d", n, i)
-		if err := os.Mkdir(l, 0o755); err != nil {
-			return err
-		}
-		if err := syscall.Mount(fdPath(fd), l, "", syscall.MS_BIND, ""); err != nil {
-			return err
-		}
-		layers += ":" + l
-	}
-	// A merged directory has the attributes of its topmost layer.
-	if st, err := os.Stat(fdPath(layer[len(layer)-1])); err == nil {
-		if err := errors.Join(os.Chown(white, owner(st), int(st.Sys().(*syscall.Stat_t).Gid)), os.Chmod(white, st.Mode().Perm())); err != nil {
-			return err
-		}
-	}
-	return syscall.Mount("overlay", fdPath(t), "overlay", syscall.MS_RDONLY, "lowerdir="+layers)
-}
-
-// vanished returns what the candidate does not have any more below a link: removed files, and in place of them the topmost
-// directory that they leave empty. What a staged file takes the name of is hidden by that already.
-func vanished(absent [][]byte, link, staged, live string) (top []string) {
-	gone := map[string]bool{}
-	for _, p := range absent {
-		rel, ok := strings.CutPrefix(string(p), link+"/")
-		if !ok || !validPath(rel) || hidden(staged, rel) {
-			continue
-		}
-		gone[rel] = true
-		for dir := filepath.Dir(rel); dir != "." && !lexists(filepath.Join(staged, dir)); dir = filepath.Dir(dir) {
-			entries, err := os.ReadDir(filepath.Join(live, dir))
-			if err != nil || slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !gone[filepath.Join(dir, e.Name())] }) {
-				break
-			}
-			gone[dir] = true
-		}
-	}
-	for rel := range gone {
-		if !gone[filepath.Dir(rel)] {
-			top = append(top, rel)
-		}
-	}
-	return top
-}
-
-// hidden says whether a staged file has the place of a directory above rel, or is rel: it hides what is below by itself.
-func hidden(staged, rel string) bool {
-	for p := rel; p != "."; p = path.Dir(p) {
-		if fi, err := os.Lstat(filepath.Join(staged, p)); err == nil && (p == rel || !fi.IsDir()) {
-			return true
-		}
-	}
-	return false
 }

@@ -23,6 +23,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -78,10 +79,11 @@ func newSSHFixture(t *testing.T, tune func(*sshFixture)) *sshFixture {
 	services := []*Service{
 		statusService(Status{Service: "prometheus", Commit: "606eb576bfeea4bcb8d6d6e2d5e5b1d7a1e2a3b4", State: "OK",
 			Change: time.Date(2022, 11, 18, 10, 14, 52, 0, time.FixedZone("CET", 3600))}),
-		statusService(Status{Service: "node-exporter", State: "DIFF", Info: `git: <no such branch> "m&m" in 1 line`}),
+		statusService(Status{Service: "node-exporter", State: "DIFF", Public: `git: <no such branch> "m&m" in 1 line`,
+			Info: `git: <no such branch> "m&m" in 1 line` + quote(": the check's own words")}),
 	}
 	s, err := newSSHServer(filepath.Join(f.dir, "host"), true,
-		[]key{{filepath.Join(f.dir, "rw.pub"), false}, {filepath.Join(f.dir, "ro.pub"), true}}, []string{"here", "there"}, "here.example.org", services)
+		[]key{{filepath.Join(f.dir, "rw.pub"), false, nil}, {filepath.Join(f.dir, "ro.pub"), true, nil}}, []string{"here", "there", "here"}, "here.example.org", services)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -267,7 +269,7 @@ func TestSSHRoutes(t *testing.T) {
 	if (route{}).ro {
 		t.Error("a read-only key can use a route that nobody classified")
 	}
-	if log := f.log.String(); !strings.Contains(log, `read-only key`) || !strings.Contains(log, `bob@desk`) || strings.Contains(log, "\x1b") {
+	if log := f.log.String(); !strings.Contains(log, `key bob@desk is read-only`) || !strings.Contains(log, `bob@desk`) || strings.Contains(log, "\x1b") {
 		t.Errorf("log:\n%s", log)
 	}
 }
@@ -304,12 +306,14 @@ func TestSSHStockClient(t *testing.T) {
 		{"newline", "rw", "/list/machine\nx", "", "Bad Request: a command is UTF-8 without control characters\n", 1},
 		{"long", "rw", "/do/freeze prometheus " + strings.Repeat("x", maxRequest), "", "Bad Request: a command has at most 4096 bytes\n", 1},
 		{"freeze", "rw", "/do/freeze prometheus 90m deploy  in Zürich", "ssh-service.json", "fetch\npublish reload\n", 0},
-		{"rollback", "rw", "/do/rollback prometheus 606EB576b", "ssh-service.json", "fetch\npublish reload\n", 0},
+		{"rollback", "rw", "/do/rollback prometheus 606EB576b disk is full", "ssh-service.json", "fetch\npublish reload\n", 0},
 		{"pull", "rw", "/do/pull prometheus", "", "fetch\npublish reload\nConflict: prometheus is pinned\n", 1},
 		{"unfreeze", "rw", "/do/unfreeze prometheus", "", "fetch\npublish reload\nInternal Server Error: git fetch: exit status 128: fatal: no route to host\n", 1},
 		{"do unknown service", "rw", "/do/pull grafana", "", "Not Found: no service \"grafana\" on here.example.org\n", 1},
 		{"no service", "rw", "/do/pull", "", "Bad Request: usage: /do/pull SERVICE\n", 1},
-		{"bad hash", "rw", "/do/rollback prometheus HEAD", "", "Bad Request: hash \"HEAD\": want 4 to 40 hex digits\n", 1},
+		{"bad hash", "rw", "/do/rollback prometheus HEAD", "", "Bad Request: hash \"HEAD\": want 4 to 64 hex digits\n", 1},
+		{"end as a reason", "rw", "/do/freeze prometheus until 18:00", "", "Bad Request: a reason that begins with \"until\" reads like an end: " +
+			"say an end as a duration in one word, such as 90m, 1h30m, 2d or 1w, right after the service, and begin the reason otherwise\n", 1},
 		{"ro", "ro", "/do/freeze prometheus", "", "Unauthorized: key bob@desk is read-only\n", 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -328,15 +332,16 @@ func TestSSHStockClient(t *testing.T) {
 	if d := time.Until(o.until); o.verb != "freeze" || o.reason != "deploy in Zürich" || d > 90*time.Minute || d < 80*time.Minute || o.who != "alice@laptop (ops@127.0.0.1)" {
 		t.Errorf("freeze: %+v", o)
 	}
-	if o = <-f.ops; o.verb != "rollback" || o.hash != "606eb576b" {
+	if o = <-f.ops; o.verb != "rollback" || o.hash != "606eb576b" || o.reason != "disk is full" {
 		t.Errorf("rollback: %+v", o)
 	}
 	for _, want := range []string{
 		`prometheus: freeze "90m deploy in Zürich" by ` + f.dir + `/rw.pub ("alice@laptop") user "ops" from 127.0.0.1:`,
-		`prometheus: rollback "606EB576b" by `,
+		`prometheus: rollback "606EB576b disk is full" by `,
 		`prometheus: pull by ` + f.dir + `/rw.pub ("alice@laptop") user "ops" from 127.0.0.1:`,
+		`prometheus: freeze "until 18:00" by `, `: "/do/pull" refused: Bad Request: usage: /do/pull SERVICE: `,
 		`: Conflict: prometheus is pinned"`, `: Internal Server Error: git fetch: exit status 128: fatal: no route to host"`, `: ok"`,
-		`ssh: "/do/freeze prometheus" refused, read-only key: ` + f.dir + `/ro.pub ("bob@desk") user "ops" from 127.0.0.1:`,
+		`level=WARN msg="ssh: "/do/freeze prometheus" refused: Unauthorized: key bob@desk is read-only: ` + f.dir + `/ro.pub ("bob@desk") user "ops" from 127.0.0.1:`,
 	} {
 		if !strings.Contains(strings.ReplaceAll(f.log.String(), `\"`, `"`), want) {
 			t.Errorf("the log lacks %s", want)
@@ -351,7 +356,9 @@ func TestSSHStockClient(t *testing.T) {
 	if _, errs, status := f.stock(f.options("host", "-o", "BatchMode=yes", "127.0.0.1", "/list/machine")...); status != 255 || !strings.Contains(errs, "Permission denied (publickey)") {
 		t.Errorf("a key that is in no file: %d %q", status, errs)
 	}
-	f.wait("refused key in the log", func() bool { return strings.Contains(f.log.String(), "is in no key file") })
+	f.wait("refused key in the log", func() bool {
+		return regexp.MustCompile(`level=WARN msg="ssh: 127[^\n]*is in no key file`).MatchString(f.log.String())
+	})
 }
 
 // What is no command has no effect and does not hang.
@@ -706,7 +713,7 @@ func TestSSHHostKey(t *testing.T) {
 	f.key("k", "k")
 	file := filepath.Join(f.dir, "host")
 	start := func(file string, makeKey bool) (*sshServer, error) {
-		return newSSHServer(file, makeKey, []key{{filepath.Join(f.dir, "k.pub"), false}}, nil, "h", nil)
+		return newSSHServer(file, makeKey, []key{{filepath.Join(f.dir, "k.pub"), false, nil}}, nil, "h", nil)
 	}
 	if _, err := start(file, false); err == nil || !strings.Contains(err.Error(), file) || !strings.Contains(err.Error(), "ssh-keygen") {
 		t.Errorf("missing: %v", err)
@@ -740,7 +747,7 @@ func TestSSHHostKey(t *testing.T) {
 	if _, err := start(filepath.Join(f.dir, "locked"), false); err == nil || !strings.Contains(err.Error(), "passphrase") {
 		t.Errorf("passphrase: %v", err)
 	}
-	if _, err := newSSHServer(file, false, []key{{filepath.Join(f.dir, "none"), false}}, nil, "h", nil); err == nil {
+	if _, err := newSSHServer(file, false, []key{{filepath.Join(f.dir, "none"), false, nil}}, nil, "h", nil); err == nil {
 		t.Error("a missing key file is no error")
 	}
 	if out, err := exec.Command("ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-N", "", "-f", filepath.Join(f.dir, "rsa")).CombinedOutput(); err != nil {
@@ -776,7 +783,18 @@ func TestParseOp(t *testing.T) {
 		{"/do/freeze s +5m", op{}, true},
 		{"/do/freeze s 1.5h", op{}, true},
 		{"/do/freeze s .5h", op{}, true},
-		{"/do/freeze s 1h30m", op{}, true},
+		{"/do/freeze s 1h30m", op{until: now.Add(90 * time.Minute)}, false},
+		{"/do/freeze s 1w2d", op{until: now.Add(9 * 24 * time.Hour)}, false},
+		{"/do/freeze s 2h forward port", op{until: now.Add(2 * time.Hour), reason: "forward port"}, false},
+		{"/do/freeze s 3650d1s", op{}, true},
+		{"/do/freeze s 9223372036854775807w", op{}, true},
+		{"/do/freeze s 1h30", op{}, true},
+		{"/do/freeze s 1hm", op{}, true},
+		{"/do/freeze s for 2h", op{}, true},
+		{"/do/freeze s Until monday", op{}, true},
+		{"/do/freeze s 2h until monday", op{}, true},
+		{"/do/rollback s 606e for ann", op{hash: "606e", reason: "for ann"}, false},
+		{"/do/rollback s 606e " + strings.Repeat("x", maxReason+1), op{}, true},
 		{"/do/freeze s 90", op{}, true},
 		{"/do/freeze s 5", op{}, true},
 		{"/do/freeze s 90min", op{}, true},
@@ -787,8 +805,8 @@ func TestParseOp(t *testing.T) {
 		{"/do/pull s", op{}, false},
 		{"/do/rollback s 606e", op{hash: "606e"}, false},
 		{"/do/rollback s 606EB57", op{hash: "606eb57"}, false},
-		{"/do/rollback s " + strings.Repeat("a", 40), op{hash: strings.Repeat("a", 40)}, false},
-		{"/do/rollback s " + strings.Repeat("a", 41), op{}, true},
+		{"/do/rollback s " + strings.Repeat("a", 64), op{hash: strings.Repeat("a", 64)}, false},
+		{"/do/rollback s " + strings.Repeat("a", 65), op{}, true},
 		{"/do/rollback s 606", op{}, true},
 		{"/do/rollback s --output=/etc/passwd", op{}, true},
 		{"/do/rollback s 606eb57g", op{}, true},
@@ -839,7 +857,7 @@ func TestSSHDeafClient(t *testing.T) {
 func (f *sshFixture) count() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(f.open[0]) + len(f.open[1])
+	return len(f.conns)
 }
 
 func TestSSHHangUp(t *testing.T) {
@@ -998,19 +1016,13 @@ func TestSSHJunk(t *testing.T) {
 
 // Who has to go when there are too many.
 func TestSSHEnter(t *testing.T) {
-	newServer := func() (*sshServer, func(from string, stage int64, age time.Duration) *sshConn) {
-		s := &sshServer{start: time.Now().Add(-time.Hour), open: [2]map[*sshConn]bool{{}, {}}}
-		return s, func(from string, stage int64, age time.Duration) *sshConn {
+	newServer := func() (*sshServer, func(from string, who visitor) *sshConn) {
+		s := &sshServer{}
+		return s, func(from string, who visitor) *sshConn {
 			a, b := net.Pipe()
 			t.Cleanup(func() { a.Close(); b.Close() })
-			c := &sshConn{Conn: a, s: s}
-			c.stage.Store(stage)
-			c.since.Store(int64(time.Hour - age))
-			group := 0
-			if stage == known {
-				group = 1
-			}
-			s.enter(c, group, from)
+			c := &sshConn{Conn: a, s: s, from: from}
+			s.enter(c, who)
 			return c
 		}
 	}
@@ -1022,59 +1034,80 @@ func TestSSHEnter(t *testing.T) {
 		}
 		return n
 	}
-	t.Run("the stalest", func(t *testing.T) {
+	stranger, known := visitor{}, visitor{comment: "ann"}
+	t.Run("the oldest", func(t *testing.T) {
 		s, add := newServer()
-		talker, old := add("a", talking, 1500*time.Millisecond), add("a", silent, 700*time.Millisecond)
-		for range maxConns - 2 {
-			add("a", silent, 100*time.Millisecond)
+		var all []*sshConn
+		for i := range maxConns + 3 {
+			all = append(all, add(fmt.Sprint(i%3), stranger))
 		}
-		operator := add("a", silent, 0)
-		if gone(old) != 1 || gone(operator, talker) != 0 || len(s.open[0]) != maxConns {
-			t.Error("not the silent one that is oldest")
-		}
-		for range 1000 {
-			add("a", silent, 0)
-		}
-		if len(s.open[0]) != maxConns {
-			t.Error(len(s.open[0]))
+		if gone(all[:3]...) != 3 || gone(all[3:]...) != 0 || len(s.conns) != maxConns {
+			t.Error("not the oldest ones")
 		}
 	})
-	t.Run("of the source that has most", func(t *testing.T) {
-		_, add := newServer()
-		operator := add("b", silent, 9*time.Second)
+	t.Run("of a source that has too many", func(t *testing.T) {
+		s, add := newServer()
+		operator := add("b", stranger)
 		for range 1000 {
-			add("a", exchanged, 0)
+			add("a", stranger)
 		}
-		if gone(operator) != 0 {
-			t.Error("someone else had to go")
+		if gone(operator) != 0 || len(s.conns) != maxPerSource+1 {
+			t.Errorf("someone else had to go, %d are left", len(s.conns))
 		}
 	})
 	t.Run("known ones do not count with strangers", func(t *testing.T) {
 		s, add := newServer()
-		k := add("k", known, time.Minute)
+		k := add("a", known)
 		for range 1000 {
-			add("a", silent, 0)
+			add("a", stranger)
 		}
-		if gone(k) != 0 || len(s.open[1]) != 1 {
+		if gone(k) != 0 || len(s.conns) != maxPerSource+1 {
 			t.Error("a stranger pushed out an authenticated one")
+		}
+		s.enter(s.conns[5], known)
+		if len(s.conns) != maxPerSource+1 {
+			t.Error("one that authenticates counts twice")
 		}
 	})
 	t.Run("not those that work", func(t *testing.T) {
 		s, add := newServer()
 		var working []*sshConn
 		for range maxConns {
-			c := add("k", known, time.Minute)
+			c := add("a", known)
 			c.running = 1
 			working = append(working, c)
 		}
-		if c := add("k", known, 0); gone(c) != 1 || gone(working...) != 0 || len(s.open[1]) != maxConns {
+		if c := add("a", known); gone(c) != 1 || gone(working...) != 0 || len(s.conns) != maxConns {
 			t.Error("the newcomer was let in")
 		}
 		working[5].running = 0
-		if c := add("k", known, 0); gone(c) != 0 || gone(working[5]) != 1 {
+		if c := add("a", known); gone(c) != 0 || gone(working[5]) != 1 {
 			t.Error("the idle one did not make room")
 		}
 	})
+}
+
+// What a check or a journal said is told to keys that may write, and to no others.
+func TestSSHPrivateWords(t *testing.T) {
+	f := newSSHFixture(t, nil)
+	f.doing = func(_ context.Context, o op) error {
+		o.step("check" + quote(": secret step"))
+		return &opError{status: "Conflict", err: errors.New("refused" + quote(": secret error")), done: true}
+	}
+	out, errs, _ := f.ask(f.client(f.rw), "/do/pull node-exporter")
+	if strings.Count(out, "the check's own words") != 1 || errs != "check: secret step\nConflict: refused: secret error\n" {
+		t.Errorf("rw: %q %q", out, errs)
+	}
+	if out, _, _ := f.ask(f.client(f.rw), "/list/service"); !strings.Contains(out, `in 1 line: the check's own words"`) {
+		t.Errorf("rw: %q", out)
+	}
+	if out, _, _ := f.ask(f.client(f.ro), "/list/service"); !strings.Contains(out, `in 1 line"`) || strings.Contains(out, "own words") {
+		t.Errorf("ro: %q", out)
+	}
+	err := fmt.Errorf("refused%s", quote(": secret error"))
+	if got := errorLine(err, false); got != "Internal Server Error: refused" {
+		t.Errorf("ro: %q", got)
+	}
 }
 
 // Hundreds of idle connections and slow handshakes, from the operator's own address: the operator is served.
@@ -1101,10 +1134,9 @@ func TestSSHFlood(t *testing.T) {
 	if out, errs, status := f.stock(f.options("ro", "-o", "BatchMode=yes", "127.0.0.1", "/list/machine")...); status != 0 || !json.Valid([]byte(out)) {
 		t.Fatalf("%d %s", status, errs)
 	}
-	if f.mu.Lock(); len(f.open[0]) > maxConns {
-		t.Errorf("%d strangers", len(f.open[0]))
+	if n := f.count(); n > maxConns {
+		t.Errorf("%d strangers", n)
 	}
-	f.mu.Unlock()
 	// Authenticated ones that idle do not keep others out either.
 	for range maxConns + 10 {
 		f.client(f.ro)
@@ -1112,7 +1144,7 @@ func TestSSHFlood(t *testing.T) {
 	if _, errs, status := f.ask(f.client(f.rw), "/list/machine"); status != 0 {
 		t.Error(errs)
 	}
-	if n := strings.Count(f.log.String(), "level=INFO msg=\"ssh: 127"); n > 60 {
+	if n := strings.Count(regexp.MustCompile("level=(INFO|WARN) msg=\"ssh: 127").ReplaceAllString(f.log.String(), "LINE"), "LINE"); n > 60 {
 		t.Errorf("%d log lines", n)
 	}
 }
@@ -1187,7 +1219,7 @@ func FuzzRequest(f *testing.F) {
 	f.Fuzz(func(t *testing.T, payload []byte) {
 		words, err := parseRequest(payload)
 		if err != nil {
-			if line := errorLine(err); !strings.HasPrefix(line, "Bad Request: ") || strings.ContainsAny(line, "\r\n") {
+			if line := errorLine(err, true); !strings.HasPrefix(line, "Bad Request: ") || strings.ContainsAny(line, "\r\n") {
 				t.Errorf("%q", line)
 			}
 			return
@@ -1440,7 +1472,7 @@ func (c *rawSSH) authAndExec(t *testing.T, offer, use ssh.Signer, command string
 
 // statusService is a service that does nothing but have a status.
 func statusService(st Status) *Service {
-	s := &Service{}
+	s := &Service{spec: spec{service: st.Service}}
 	s.status.Store(&st)
 	return s
 }

@@ -2,40 +2,214 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
+	"path"
+	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
 
-func TestParseUnits(t *testing.T) {
-	units, err := parseUnits(`Id=nginx.service
+// fakeSystemctl is a systemd with units that run from the start. Calls that change something are logged in
+// dir/calls, each call in dir/asked. The file dir/UNIT holds a unit's ActiveState, and other properties in
+// lines below. A file dir/fail-VERB makes a verb fail; a unit whose dir/reads file says "bad" falls over when
+// it is started, and its reload fails. daemon-reload makes dir/reloaded-UNIT the file of the unit.
+func fakeSystemctl(dir string, args []string) int {
+	var words []string
+	for _, a := range args {
+		if !strings.HasPrefix(a, "-") {
+			words = append(words, a)
+		}
+	}
+	defer fakeLog(dir, "asked", words[0])
+	switch words[0] {
+	case "show":
+		for _, name := range words[2:] {
+			fmt.Println(fakeUnit(dir, name))
+		}
+		return 0
+	case "list-units":
+		fakeList(dir, words[1:])
+		return 0
+	case "is-enabled":
+		fmt.Println("disabled")
+		return 1
+	}
+	fakeLog(dir, "calls", strings.Join(words, " "))
+	return fakeAction(dir, words[0], words[len(words)-1])
+}
+
+func fakeLog(dir, name, line string) {
+	f, err := os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(9)
+	}
+	defer f.Close()
+	fmt.Fprintln(f, line)
+}
+
+// fakeUnit is what systemctl show prints of a unit.
+func fakeUnit(dir, name string) string {
+	state := []byte("active")
+	for _, n := range []string{name, name + ".service", strings.TrimSuffix(name, ".service")} {
+		if s, err := os.ReadFile(filepath.Join(dir, n)); err == nil {
+			state = s
+			break
+		}
+	}
+	if path.Ext(name) == "" {
+		name += ".service"
+	}
+	return fmt.Sprintf("Id=%s\nLoadState=loaded\nSubState=x\nResult=success\nType=simple\n"+
+		"NeedDaemonReload=no\nCanReload=yes\nNRestarts=0\nMainPID=0\nActiveState=%s\n", name, state)
+}
+
+// fakeList is systemctl list-units --state=active: it knows units by their Id alone.
+func fakeList(dir string, patterns []string) {
+	var names []string
+	for _, p := range patterns {
+		if !strings.Contains(p, "*") {
+			names = append(names, p)
+		}
+		files, _ := filepath.Glob(filepath.Join(dir, p))
+		for _, f := range files {
+			names = append(names, filepath.Base(f))
+		}
+	}
+	slices.Sort(names)
+	for _, name := range slices.Compact(names) {
+		u := parseUnit(fakeUnit(dir, name))
+		if u.ID == name && u.LoadState == "loaded" && u.ActiveState == "active" {
+			fmt.Printf("%-20s loaded active %s a unit of the test's\n", name, u.SubState)
+		}
+	}
+}
+
+func fakeAction(dir, verb, unit string) int {
+	if verb == "daemon-reload" {
+		files, _ := filepath.Glob(filepath.Join(dir, "reloaded-*"))
+		for _, f := range files {
+			os.Rename(f, filepath.Join(dir, strings.TrimPrefix(filepath.Base(f), "reloaded-")))
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "fail-"+verb)); err == nil {
+		fmt.Fprintln(os.Stderr, "Job for", unit, "failed.")
+		return 1
+	}
+	bad := false
+	if reads, err := os.ReadFile(filepath.Join(dir, "reads")); err == nil {
+		data, _ := os.ReadFile(string(reads))
+		bad = strings.Contains(string(data), "bad")
+	}
+
+	switch verb {
+	case "start", "restart", "reload":
+		state := "active"
+		if bad && verb != "reload" {
+			state = "failed"
+		}
+		os.WriteFile(filepath.Join(dir, unit), []byte(state), 0o644)
+		if bad {
+			fmt.Fprintln(os.Stderr, "Job for", unit, "failed because of bad.")
+			return 1
+		}
+	case "stop":
+		os.WriteFile(filepath.Join(dir, unit), []byte("inactive"), 0o644)
+	}
+	return 0
+}
+
+// fakeJournalctl prints dir/journal.
+func fakeJournalctl(dir string) int {
+	words, _ := os.ReadFile(filepath.Join(dir, "journal"))
+	os.Stdout.Write(words)
+	return 0
+}
+
+// fakeSystemd is a directory in which fakeSystemctl works.
+type fakeSystemd struct {
+	t   *testing.T
+	dir string
+}
+
+func newFakeSystemd(t *testing.T) *fakeSystemd {
+	t.Helper()
+	f := &fakeSystemd{t, t.TempDir()}
+	bin := t.TempDir()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{"systemctl", "journalctl"} {
+		if err := os.Symlink(exe, filepath.Join(bin, p)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	t.Setenv("FAKE", f.dir)
+	return f
+}
+
+// set makes a unit what the text says, at once.
+func (f *fakeSystemd) set(name, text string) {
+	f.t.Helper()
+	file := filepath.Join(f.dir, name)
+	err := os.WriteFile(file+".new", []byte(text), 0o644)
+	if err := errors.Join(err, os.Rename(file+".new", file)); err != nil {
+		f.t.Error(err)
+	}
+}
+
+// wait waits until a log has n lines.
+func (f *fakeSystemd) wait(name string, n int) {
+	deadline := time.Now().Add(10 * time.Second)
+	for time.Now().Before(deadline) {
+		data, _ := os.ReadFile(filepath.Join(f.dir, name))
+		if strings.Count(string(data), "\n") >= n {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+	f.t.Errorf("%s has no %d lines", name, n)
+}
+
+// read returns the lines of a log as one, and empties it.
+func (f *fakeSystemd) read(name string) string {
+	data, _ := os.ReadFile(filepath.Join(f.dir, name))
+	os.Remove(filepath.Join(f.dir, name))
+	return strings.ReplaceAll(strings.TrimSpace(string(data)), "\n", ", ")
+}
+
+// errorSays says whether err holds the words; none: whether there is no error.
+func errorSays(err error, words string) bool {
+	if err == nil || words == "" {
+		return err == nil && words == ""
+	}
+	return strings.Contains(err.Error(), words)
+}
+
+func TestUnitParse(t *testing.T) {
+	u := parseUnit(`Id=nginx.service
 LoadState=loaded
 ActiveState=active
 SubState=running
 Type=forking
-Result=success
-NRestarts=0
 Job=12 /org/freedesktop/systemd1/job/12
-
-Id=backup.service
-LoadState=loaded
-ActiveState=inactive
-TriggeredBy=backup.timer backup.path
-`)
-	if err != nil || len(units) != 2 {
-		t.Fatalf("%v, %v", units, err)
-	}
-	if u := units[0]; u.ID != "nginx.service" || !u.up() || u.Type != "forking" || !strings.HasPrefix(u.Job, "12 ") {
+ActiveEnterTimestampMonotonic=1500000
+TriggeredBy=nginx.socket nginx.path`)
+	if u.ID != "nginx.service" || !u.up() || u.Type != "forking" || !strings.HasPrefix(u.Job, "12 ") {
 		t.Errorf("%+v", u)
 	}
-	if u := units[1]; len(u.TriggeredBy) != 2 || u.up() {
+	triggers := []string{"nginx.socket", "nginx.path"}
+	if u.since != 1500*time.Millisecond || !slices.Equal(u.TriggeredBy, triggers) {
 		t.Errorf("%+v", u)
-	}
-	if _, err := parseUnits("Failed to connect to bus"); err == nil {
-		t.Error("nonsense was accepted")
 	}
 }
 
@@ -46,80 +220,265 @@ func TestUnitIsUp(t *testing.T) {
 		up   bool
 		verb string // for action reload
 	}{
-		{"active", unit{ActiveState: "active", Type: "simple"}, true, "reload"},
-		{"reloading", unit{ActiveState: "reloading"}, true, "reload"},
+		{"active", unit{ActiveState: "active", CanReload: "yes"}, true, "reload"},
+		{"active, without reload", unit{ActiveState: "active", CanReload: "no"}, true, ""},
+		{"reloading", unit{ActiveState: "reloading", CanReload: "yes"}, true, "reload"},
 		{"inactive", unit{ActiveState: "inactive", Type: "simple", Result: "success"}, false, "start"},
 		{"failed", unit{ActiveState: "failed"}, false, "start"},
 		{"crash loop", unit{ActiveState: "activating", SubState: "auto-restart"}, false, "start"},
 		{"oneshot that ended well", unit{ActiveState: "inactive", Type: "oneshot", Result: "success"}, true, "start"},
 		{"oneshot that failed", unit{ActiveState: "failed", Type: "oneshot", Result: "exit-code"}, false, "start"},
+		{"oneshot at work", unit{ActiveState: "activating", Type: "oneshot", SubState: "start"}, true, "start"},
 		{"oneshot that remains", unit{ActiveState: "active", Type: "oneshot"}, true, "restart"},
+		{"oneshot that reloads", unit{ActiveState: "active", Type: "oneshot", CanReload: "yes"}, true, "reload"},
 		{"socket activated", unit{ActiveState: "inactive", Type: "simple", triggered: true}, true, "start"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if tc.u.up() != tc.up {
+			if tc.u.up() != tc.up || tc.u.well("restart") != tc.up {
 				t.Errorf("up: %v, want %v", !tc.up, tc.up)
 			}
-			if got := verbFor(&tc.u, "reload"); got != tc.verb {
-				t.Errorf("verb %q, want %q", got, tc.verb)
+			if got, err := verbFor(&tc.u, "reload"); got != tc.verb || (err == nil) != (tc.verb != "") {
+				t.Errorf("verb %q, %v, want %q", got, err, tc.verb)
 			}
 		})
 	}
-	if verb := verbFor(&unit{Type: "oneshot", ActiveState: "active"}, "kill"); verb != "restart" {
-		t.Errorf("a oneshot is told by %s", verb)
+}
+
+func TestUnitVerbs(t *testing.T) {
+	for _, tc := range []struct{ kind, state, action, verb string }{
+		{"simple", "inactive", "stop", "stop"},
+		{"simple", "active", "kill", "kill"},
+		{"simple", "active", "reload-or-restart", "reload-or-restart"},
+		{"simple", "inactive", "try-restart", "start"},
+		{"oneshot", "active", "kill", "restart"},
+		{"oneshot", "active", "start", "start"},
+		{"oneshot", "active", "try-reload-or-restart", "try-reload-or-restart"},
+		{"oneshot", "activating", "restart", "restart"},
+	} {
+		got, err := verbFor(&unit{Type: tc.kind, ActiveState: tc.state, CanReload: "no"}, tc.action)
+		if got != tc.verb || err != nil {
+			t.Errorf("%+v: %q, %v", tc, got, err)
+		}
 	}
-	stopped := unit{ActiveState: "inactive"}
-	if !stopped.well("stop") || stopped.well("reload") || verbFor(&stopped, "stop") != "stop" {
+	down := unit{ActiveState: "inactive"}
+	if !down.well("stop") || down.well("reload") {
 		t.Error("a unit that is to be stopped is well when it is down")
 	}
+	up := unit{ID: "cron.service", ActiveState: "active", CanReload: "no"}
+	_, err := verbFor(&up, "reload")
+	if want := `cron.service can't be reloaded: use action = "restart"`; err == nil || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
 }
 
-func TestTemplateIsEnabledAndFailedIsReset(t *testing.T) {
-	w := newWorld(t)
-	w.spec.service, w.spec.action = "svc@1.service", "restart"
-	w.write("fake/svc@1.service", "failed")
-	w.restart()
-	w.reconcile()
-	if got, want := strings.ReplaceAll(w.calls(), " svc@1.service", ""), "enable, reset-failed, start"; got != want {
+func TestUnitDescription(t *testing.T) {
+	signal := fmt.Sprint(int(syscall.SIGKILL))
+	for _, tc := range []struct {
+		want string
+		u    unit
+	}{
+		{"unit a.service does not exist: name the package that brings it, or mend service",
+			unit{LoadState: "not-found", LoadError: `org.freedesktop.systemd1.NoSuchUnit "Unit a.service not found."`}},
+		{"unit a.service is failed (failed, exit-code, main process ended with status 9)",
+			unit{ActiveState: "failed", SubState: "failed", Result: "exit-code", ExecMainCode: "1", ExecMainStatus: "9"}},
+		{"unit a.service is failed (failed, signal, main process killed by SIGKILL)",
+			unit{ActiveState: "failed", SubState: "failed", Result: "signal", ExecMainCode: "2", ExecMainStatus: signal}},
+		{"unit a.service is failed (failed, core-dump, main process killed by SIGSEGV)",
+			unit{ActiveState: "failed", SubState: "failed", Result: "core-dump", ExecMainCode: "3", ExecMainStatus: "11"}},
+		{"unit a.service is failed (failed, main process killed by signal 34)",
+			unit{ActiveState: "failed", SubState: "failed", ExecMainCode: "2", ExecMainStatus: "34"}},
+		{"unit a.service is inactive (dead)",
+			unit{ActiveState: "inactive", SubState: "dead", Result: "success", ExecMainCode: "1", ExecMainStatus: "0"}},
+	} {
+		tc.u.ID = "a.service"
+		if tc.u.LoadState == "" {
+			tc.u.LoadState = "loaded"
+		}
+		if got := tc.u.describe(); got != tc.want {
+			t.Errorf("got  %s\nwant %s", got, tc.want)
+		}
+	}
+}
+
+// TestUnitsLook: units that are active cost one list-units together, the others one show more.
+func TestUnitsLook(t *testing.T) {
+	f := newFakeSystemd(t)
+	names := []string{"a.service", "web", "job.service", "c.service"}
+	ids := unitNames{}
+	look := func(asked string, up ...bool) {
+		t.Helper()
+		units, err := lookUnits(context.Background(), ids, names...)
+		if err != nil || len(units) != len(names) {
+			t.Fatal(units, err)
+		}
+		for i, u := range units {
+			name := strings.TrimSuffix(names[i], ".service") + ".service"
+			if u.ID != name || u.up() != up[i] || u.at.IsZero() {
+				t.Errorf("%s: %+v, want up: %v", names[i], u, up[i])
+			}
+		}
+		if got := f.read("asked"); got != asked {
+			t.Errorf("asked %q, want %q", got, asked)
+		}
+	}
+
+	look("list-units, show", true, true, true, true) // names are not known yet
+	look("list-units", true, true, true, true)
+	f.set("job.service", "inactive\nTriggeredBy=job.timer")
+	look("list-units, show", true, true, false, true)
+	f.set("job.timer", "active")
+	look("list-units, show", true, true, true, true)
+	f.set("job.timer", "inactive")
+	f.set("a.service", "failed\nResult=signal\nExecMainCode=2\nExecMainStatus=15")
+	look("list-units, show", false, true, false, true)
+	os.Remove(filepath.Join(f.dir, "a.service"))
+	os.Remove(filepath.Join(f.dir, "job.service"))
+	look("list-units", true, true, true, true)
+}
+
+func TestUnitTemplateIsEnabledAndFailedIsReset(t *testing.T) {
+	f := newFakeSystemd(t)
+	f.set("svc@1.service", "failed")
+	verb, err := tell(context.Background(), "svc@1.service", "restart", false, func(string) {})
+	if err != nil || verb != "start" {
+		t.Errorf("%q, %v", verb, err)
+	}
+	want := "enable svc@1.service, reset-failed svc@1.service, start svc@1.service"
+	if got := f.read("calls"); got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
-	if st := w.s.Status(); st.State != "OK" {
-		t.Errorf("%+v", st)
+}
+
+// TestUnitDaemonReload: systemd reads its files again where it may not know those of today.
+func TestUnitDaemonReload(t *testing.T) {
+	for _, tc := range []struct {
+		name, before, after, calls, err string
+		reload                          bool
+	}{
+		{name: "known", before: "active", calls: "reload svc.service"},
+		{name: "changed", before: "active\nNeedDaemonReload=yes", calls: "daemon-reload, reload svc.service"},
+		{name: "in a unit directory", before: "active", reload: true, calls: "daemon-reload, reload svc.service"},
+		{name: "a generator's", before: "inactive\nLoadState=not-found", after: "inactive",
+			calls: "daemon-reload, start svc.service"},
+		{name: "missing", before: "inactive\nLoadState=not-found", calls: "daemon-reload",
+			err: "unit svc.service does not exist"},
+		{name: "masked", before: "inactive\nLoadState=masked", err: "unit svc.service is masked"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := newFakeSystemd(t)
+			f.set("svc.service", tc.before)
+			if tc.after != "" {
+				f.set("reloaded-svc.service", tc.after)
+			}
+			_, err := tell(context.Background(), "svc.service", "reload", tc.reload, func(string) {})
+			if !errorSays(err, tc.err) {
+				t.Errorf("%v, want %q", err, tc.err)
+			}
+			if got := f.read("calls"); got != tc.calls {
+				t.Errorf("%q, want %q", got, tc.calls)
+			}
+		})
 	}
 }
 
-// TestTriggeredUnits: what a socket starts while it settles did not crash, and a job that failed waits for its timer.
-func TestTriggeredUnits(t *testing.T) {
-	w := newWorld(t)
+// TestUnitActionFails: the verb and systemd's words are told to everybody, the journal's to those who may
+// read them; a job that is left is cancelled, and counted.
+func TestUnitActionFails(t *testing.T) {
+	f := newFakeSystemd(t)
+	f.set("fail-reload", "")
+	f.set("svc.service", "active\nJob=12 /org/freedesktop/systemd1/job/12")
+	f.set("journal", "unknown directive secret\nin line 3\n")
+	_, err := tell(context.Background(), "svc.service", "reload", false, func(string) {})
+	if err == nil {
+		t.Fatal("no error")
+	}
+	told := "systemctl reload svc.service: exit status 1: Job for svc.service failed."
+	if got := public(err.Error()); got != told {
+		t.Errorf("%q, want %q", got, told)
+	}
+	if got, want := unmark(err.Error()), told+" (journal: unknown directive secret; in line 3)"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got, want := f.read("calls"), "reload svc.service, cancel 12"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// TestUnitSettles: what a socket starts while it settles did not crash, and a job that failed waits for its
+// timer.
+func TestUnitSettles(t *testing.T) {
 	ctx := context.Background()
-	w.write("fake/svc.service", "inactive\nTriggeredBy=svc.socket\nInvocationID=")
-	time.AfterFunc(time.Second, func() {
-		w.write("fake/svc.service", "active\nTriggeredBy=svc.socket\nInvocationID=1")
-	})
-	if _, err := settle(ctx, "svc.service", "reload", 2500*time.Millisecond); err != nil {
-		t.Error(err)
+	const name, watch = "svc.service", 400 * time.Millisecond
+	for _, tc := range []struct{ name, first, then, action, err string }{
+		{"well", "active\nInvocationID=1", "active\nInvocationID=1", "reload", ""},
+		{"socket", "inactive\nTriggeredBy=svc.socket\nInvocationID=", "active\nTriggeredBy=svc.socket\nInvocationID=1",
+			"reload", ""},
+		{"restart", "active\nInvocationID=1", "active\nInvocationID=2", "reload", "restarted by systemd"},
+		{"restart behind a socket", "inactive\nTriggeredBy=svc.socket", "active\nNRestarts=1", "reload",
+			"restarted by systemd"},
+		{"crash", "active", "failed\nResult=signal\nExecMainCode=3\nExecMainStatus=6", "restart", "killed by SIGABRT"},
+		{"timer", "inactive\nType=oneshot\nInvocationID=1", "active\nType=oneshot\nInvocationID=2", "restart", ""},
+		{"kill", "inactive", "active", "kill", ""},
+		{"stop", "inactive", "active", "stop", "unit svc.service is active"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := newFakeSystemd(t)
+			f.set("svc.socket", "active")
+			f.set(name, tc.first)
+			first := 1 // calls of the first look
+			if strings.Contains(tc.first, "TriggeredBy") {
+				first = 3
+			}
+			done := make(chan bool)
+			go func() {
+				defer close(done)
+				if tc.action != "kill" { // which is looked at once, at the end
+					f.wait("asked", first)
+				}
+				f.set(name, tc.then)
+			}()
+			start := time.Now()
+			u, err := settle(ctx, name, tc.action, watch)
+			<-done
+			if took := time.Since(start); err == nil && took < watch {
+				t.Errorf("watched for %v", took)
+			}
+			if !errorSays(err, tc.err) {
+				t.Errorf("%v, want %q", err, tc.err)
+			}
+			if u.ID != name {
+				t.Errorf("%+v", u)
+			}
+		})
 	}
-	time.AfterFunc(time.Second, func() {
-		w.write("fake/svc.service", "active\nTriggeredBy=svc.socket\nInvocationID=2")
-	})
-	if _, err := settle(ctx, "svc.service", "reload", 2500*time.Millisecond); err == nil || !strings.Contains(err.Error(), "restarted by systemd") {
-		t.Errorf("a restart is not seen: %v", err)
+
+	f := newFakeSystemd(t)
+	f.set(name, "failed\nTriggeredBy=svc.timer")
+	f.set("svc.timer", "active")
+	verb, err := tell(ctx, name, "restart", false, func(string) {})
+	if calls := f.read("calls"); err != nil || verb != "" || calls != "reset-failed svc.service" {
+		t.Errorf("told by %q, %v, %q", verb, err, calls)
 	}
-	w.write("fake/svc.service", "inactive")
-	time.AfterFunc(300*time.Millisecond, func() { w.write("fake/svc.service", "active") })
-	if _, err := settle(ctx, "svc.service", "kill", 0); err != nil {
-		t.Errorf("what is killed may come back: %v", err)
+}
+
+// TestUnitSettleEnds: our end is not kept waiting, and a few looks are enough.
+func TestUnitSettleEnds(t *testing.T) {
+	f := newFakeSystemd(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	_, err := settle(ctx, "svc.service", "reload", time.Minute)
+	if err == nil || ctx.Err() == nil {
+		t.Errorf("%v", err)
 	}
-	w.write("fake/svc.service", "failed\nTriggeredBy=svc.timer")
-	if verb, err := tell(ctx, "svc.service", "restart", false, func(string) {}); err != nil || verb != "" || w.calls() != "reset-failed" {
-		t.Errorf("told by %q, %v", verb, err)
+	if n := strings.Count(f.read("asked"), "show"); n < 3 || n > 6 {
+		t.Errorf("%d looks in two seconds", n)
 	}
 }
 
 func TestUnitDirectory(t *testing.T) {
 	for local, want := range map[string]bool{
-		"/etc/systemd/system": true, "/etc/systemd/system/x.service": true, "/etc/systemd": true, "/usr/lib/systemd/system/a.d": true,
-		"/etc/systemd/systemd": false, "/etc/prometheus": false, "": false,
+		"/etc/systemd/system": true, "/etc/systemd/system/x.service": true, "/etc/systemd": true,
+		"/usr/lib/systemd/system/a.d": true, "/etc/systemd/systemd": false, "/etc/prometheus": false, "": false,
 	} {
 		if got := inUnitDir(local); got != want {
 			t.Errorf("inUnitDir(%q) = %v", local, got)
@@ -127,7 +486,7 @@ func TestUnitDirectory(t *testing.T) {
 	}
 }
 
-func TestNotify(t *testing.T) {
+func TestUnitNotify(t *testing.T) {
 	for _, name := range []string{t.TempDir() + "/notify", "@gitopper-test-notify"} {
 		l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
 		if err != nil {
@@ -144,15 +503,40 @@ func TestNotify(t *testing.T) {
 }
 
 func TestUnitFile(t *testing.T) {
-	file := t.TempDir() + "/gitopper.service"
-	if err := os.WriteFile(file, []byte(unitFile("/bin/true")), 0o644); err != nil {
+	golden(t, "gitopper.service", unitFile("/usr/local/bin/gitopper", nil))
+	for _, tc := range []struct {
+		exe     string
+		options []string
+		want    string
+	}{
+		{"/opt/gitopper", []string{"-s", "", "--metric=:9"}, `/opt/gitopper -s "" --metric=:9 -c /etc/gitopper/config.toml`},
+		{"/opt/gitopper", []string{"--config=/x", "-d"}, "/opt/gitopper --config=/x -d"},
+		{"/opt/my tools/100%/git$opper", []string{"-c", `/a"b $HOME\c`},
+			`"/opt/my tools/100%%/git$opper" -c "/a\"b $$HOME\\c"`},
+	} {
+		got := unitFile(tc.exe, tc.options)
+		if !strings.Contains(got, "\nExecStart="+tc.want+"\n") {
+			t.Errorf("%s\nwant ExecStart=%s", got, tc.want)
+		}
+	}
+}
+
+// TestUnitFileIsRead: the real systemd finds the unit, and the binary that it names, whatever that is called.
+func TestUnitFileIsRead(t *testing.T) {
+	if _, err := exec.LookPath("systemd-analyze"); err != nil {
+		t.Skip(err)
+	}
+	dir := t.TempDir()
+	file, exe := dir+"/gitopper.service", dir+"/git $opper 100%"
+	if err := os.Symlink("/bin/true", exe); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("systemd-analyze", "verify", file).CombinedOutput(); err != nil || len(out) > 0 {
-		t.Errorf("systemd-analyze verify: %v: %s", err, out)
-	}
-	golden(t, "gitopper.service", unitFile("/usr/local/bin/gitopper"))
-	if got := unitFile("/opt/my tools/100%/gitopper"); !strings.Contains(got, `ExecStart="/opt/my tools/100%%/gitopper" -r`) {
-		t.Error(got)
+	for _, e := range []string{"/bin/true", exe} {
+		if err := os.WriteFile(file, []byte(unitFile(e, []string{"-h", `a"b $c;`, ";"})), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command("systemd-analyze", "verify", file).CombinedOutput(); err != nil || len(out) > 0 {
+			t.Errorf("systemd-analyze verify: %v: %s", err, out)
+		}
 	}
 }

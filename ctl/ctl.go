@@ -44,11 +44,11 @@ var commands = []command{
 	{"list ls l", "service services s", "/list/service", "@HOST... [SERVICE]", 0, 1, listLimit,
 		"what runs: commit, state, why, and since when"},
 	{"do d", "freeze f", "/do/freeze", "@HOST... SERVICE [DURATION] [REASON...]", 1, anyNumber, doLimit,
-		"stay at the commit that runs now, for DURATION (90s, 30m, 2h, 7d) or until unfreeze"},
+		"stay at the commit that runs now, for DURATION (30m, 1h30m, 2d, 1w) or until unfreeze"},
 	{"do d", "unfreeze u", "/do/unfreeze", "@HOST... SERVICE", 1, 1, doLimit,
 		"track upstream again, at once"},
-	{"do d", "rollback r", "/do/rollback", "@HOST... SERVICE HASH", 2, 2, doLimit,
-		"go back to commit HASH (4 to 40 digits), at once, and stay there until unfreeze"},
+	{"do d", "rollback r", "/do/rollback", "@HOST... SERVICE HASH [REASON...]", 2, anyNumber, doLimit,
+		"go back to commit HASH (4 to 64 digits), at once, and stay there until unfreeze"},
 	{"do d", "pull p", "/do/pull", "@HOST... SERVICE", 1, 1, doLimit,
 		"look at upstream now, and try what was refused"},
 }
@@ -79,7 +79,8 @@ func help() string {
 	for _, c := range commands {
 		fmt.Fprintf(&b, "  %s\n        %s\n", c.line(), c.about)
 	}
-	fmt.Fprintf(&b, "  hdr %s\n        comment lines for the top of FILE: don't edit here, and the file's web address\n%s", hdrArgs, helpTail)
+	b.WriteString("  hdr " + hdrArgs + "\n" +
+		"        comment lines for the top of FILE: don't edit here, and the file's web address\n" + helpTail)
 	return b.String()
 }
 
@@ -103,6 +104,7 @@ var errTold = errors.New("a host failed")
 func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	log := &lines{w: stderr}
 	err := run(ctx, args, stdout, log)
+
 	var wrong *usageError
 	switch {
 	case err == nil:
@@ -141,6 +143,7 @@ func parse(args []string) (options, error) {
 	fs.StringVar(&o.knownHosts, "k", "", "")
 	fs.StringVar(&o.language, "l", "en", "")
 	fs.BoolVar(&o.json, "m", false, "")
+
 	for len(args) > 0 {
 		n := 1
 		switch f := fs.Lookup(strings.TrimLeft(args[0], "-")); {
@@ -159,64 +162,33 @@ func parse(args []string) (options, error) {
 		}
 		args = args[n:]
 	}
+
 	fs.Visit(func(f *flag.Flag) { o.given[f.Name] = true })
 	return o, nil
 }
 
 func run(ctx context.Context, args []string, stdout io.Writer, stderr *lines) error {
 	o, err := parse(args)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
+	if errors.Is(err, flag.ErrHelp) {
 		return err
-	case err != nil:
-		text := strings.Replace(err.Error(), "flag provided but not defined: ", "no such option (a reason with - in front goes behind --): ", 1)
-		words := slices.DeleteFunc(slices.Clone(args), func(w string) bool { return strings.HasPrefix(w, "-") || strings.HasPrefix(w, "@") })
-		cmd, _, err := find(words, nil)
-		if wrong, ok := errors.AsType[*usageError](err); ok {
-			return &usageError{text, wrong.usage}
-		}
-		return &usageError{text, cmd.usage()}
-	case len(o.words) > 0 && o.words[0] == "hdr":
+	}
+	if err != nil {
+		return wrongOption(args, err)
+	}
+	if len(o.words) > 0 && o.words[0] == "hdr" {
 		return hdr(ctx, o, stdout)
 	}
-	var hosts []host
-	var words []string
-	for _, w := range o.words {
-		if !strings.HasPrefix(w, "@") {
-			words = append(words, w)
-			continue
-		}
-		h, err := parseHost(w, o.port)
-		if err != nil {
-			return err
-		}
-		if !slices.ContainsFunc(hosts, func(other host) bool { return other.addr == h.addr }) {
-			hosts = append(hosts, h)
-		}
+
+	hosts, words, err := o.hosts()
+	if err != nil {
+		return err
 	}
 	cmd, words, err := find(words, o.literal)
 	if err != nil {
 		return err
 	}
-	usage := cmd.usage()
-	switch {
-	case o.given["l"]:
-		return &usageError{"option -l is for hdr", usage}
-	case len(hosts) == 0:
-		return &usageError{"no host: name one as @HOST", usage}
-	case len(words) < cmd.min && len(words) == 0:
-		return &usageError{"no SERVICE", usage}
-	case len(words) < cmd.min:
-		return &usageError{"no HASH", usage}
-	case len(words) > cmd.max:
-		return &usageError{fmt.Sprintf("%q is one word too many", words[cmd.max]), usage}
-	}
-	for i, w := range words {
-		// The server takes the request apart at its blanks, so only a reason can have some of its own.
-		reason := i >= cmd.min && cmd.max == anyNumber
-		if w == "" || strings.ContainsFunc(w, unicode.IsControl) || strings.Contains(w, " ") && !reason {
-			return &usageError{fmt.Sprintf("%q is no word: it is empty, or has blanks or control characters", w), usage}
-		}
+	if wrong := cmd.check(o, hosts, words); wrong != "" {
+		return &usageError{wrong, cmd.usage()}
 	}
 
 	c, err := newClient(ctx, o, stderr)
@@ -224,8 +196,66 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *lines) er
 		return err
 	}
 	c.several = len(hosts) > 1
-	outcomes := c.askAll(ctx, hosts, strings.Join(append([]string{cmd.path}, words...), " "), cmd.limit)
+	request := strings.Join(append([]string{cmd.path}, words...), " ")
+	outcomes := c.askAll(ctx, hosts, request, cmd.limit)
 	return show(ctx, hosts, outcomes, cmd, o.json, stdout, stderr)
+}
+
+// wrongOption is the error about an option that flag does not like, with the usage of its command.
+func wrongOption(args []string, err error) error {
+	text := strings.Replace(err.Error(), "flag provided but not defined: ",
+		"no such option (a reason with - in front goes behind --): ", 1)
+	notWord := func(arg string) bool { return strings.IndexAny(arg, "-@") == 0 }
+	cmd, _, err := find(slices.DeleteFunc(slices.Clone(args), notWord), nil)
+	if wrong, ok := errors.AsType[*usageError](err); ok {
+		return &usageError{text, wrong.usage}
+	}
+	return &usageError{text, cmd.usage()}
+}
+
+// hosts returns the hosts among the words, each once, and the other words.
+func (o options) hosts() (hosts []host, words []string, err error) {
+	for _, w := range o.words {
+		if !strings.HasPrefix(w, "@") {
+			words = append(words, w)
+			continue
+		}
+		h, err := parseHost(w, o.port)
+		if err != nil {
+			return nil, nil, err
+		}
+		if !slices.ContainsFunc(hosts, func(other host) bool { return other.addr == h.addr }) {
+			hosts = append(hosts, h)
+		}
+	}
+	return hosts, words, nil
+}
+
+// check says what is wrong with a command's options and words, if something is.
+func (c command) check(o options, hosts []host, words []string) string {
+	switch {
+	case o.given["l"]:
+		return "option -l is for hdr"
+	case len(hosts) == 0:
+		return "no host: name one as @HOST"
+	case len(words) < c.min && len(words) == 0:
+		return "no SERVICE"
+	case len(words) < c.min:
+		return "no HASH"
+	case len(words) > c.max:
+		return fmt.Sprintf("%q is one word too many", words[c.max])
+	}
+
+	for i, w := range words {
+		bad := w == "" || strings.ContainsFunc(w, unicode.IsControl)
+		if i < c.min && strings.Contains(w, " ") { // only a reason may have some
+			bad = true
+		}
+		if bad {
+			return fmt.Sprintf("%q is no word: it is empty, or has blanks or control characters", w)
+		}
+	}
+	return ""
 }
 
 // find returns the command that the first two words name, and the words that are its arguments.
@@ -240,6 +270,7 @@ func find(words, literal []string) (command, []string, error) {
 		}
 		usage.WriteString(c.usage())
 	}
+
 	switch {
 	case len(words) == 0:
 		return command{}, nil, &usageError{"no command", help()}
@@ -248,7 +279,8 @@ func find(words, literal []string) (command, []string, error) {
 	case len(words) == 1:
 		return command{}, nil, &usageError{words[0] + " what?", usage.String()}
 	}
-	return command{}, nil, &usageError{fmt.Sprintf("no such command: %q", words[0]+" "+words[1]), usage.String()}
+	text := fmt.Sprintf("no such command: %q", words[0]+" "+words[1])
+	return command{}, nil, &usageError{text, usage.String()}
 }
 
 // client is what all hosts have in common.
@@ -271,6 +303,7 @@ func newClient(ctx context.Context, o options, stderr *lines) (*client, error) {
 		}
 		file, system = filepath.Join(home, ".ssh", "known_hosts"), []string{"/etc/ssh/ssh_known_hosts"}
 	}
+
 	known, err := openKnownHosts(file, system...)
 	if err != nil {
 		return nil, err
@@ -279,11 +312,13 @@ func newClient(ctx context.Context, o options, stderr *lines) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	name := os.Getenv("USER")
 	if u, err := user.Current(); err == nil {
 		name = u.Username
 	}
-	return &client{dial: (&net.Dialer{}).DialContext, known: known, keys: ids, user: name, stderr: stderr}, nil
+	dial := (&net.Dialer{}).DialContext
+	return &client{dial: dial, known: known, keys: ids, user: name, stderr: stderr}, nil
 }
 
 // outcome is what came of asking one host. There may be an answer even if err is set.
@@ -292,15 +327,15 @@ type outcome struct {
 	err    error
 }
 
-// askAll sends the request to every host, some at a time, and returns at once: host i's outcome is sent on channel i.
-func (c *client) askAll(ctx context.Context, hosts []host, request string, limit time.Duration) []chan outcome {
+// askAll asks every host, some at a time, and returns at once: host i's outcome is sent on channel i.
+func (c *client) askAll(ctx context.Context, hosts []host, req string, limit time.Duration) []chan outcome {
 	outcomes := make([]chan outcome, len(hosts))
 	slots := make(chan bool, parallel)
 	for i, h := range hosts {
 		outcomes[i] = make(chan outcome, 1)
 		go func() {
 			slots <- true
-			answer, err := c.ask(ctx, h, request, limit)
+			answer, err := c.ask(ctx, h, req, limit)
 			<-slots
 			outcomes[i] <- outcome{answer, err}
 		}()

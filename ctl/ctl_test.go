@@ -291,6 +291,7 @@ func TestRequests(t *testing.T) {
 		{"d u nginx @HOST", "/do/unfreeze nginx"},
 		{"do rollback @HOST nginx 606eb576", "/do/rollback nginx 606eb576"},
 		{"d r @HOST nginx 606eb576", "/do/rollback nginx 606eb576"},
+		{"do rollback @HOST nginx 606eb576 disk is|full", "/do/rollback nginx 606eb576 disk is full"},
 		{"do pull @HOST nginx", "/do/pull nginx"},
 		{"d p @HOST nginx @HOST @127.0.0.1 -p PORT", "/do/pull nginx"}, // one host, three times
 	} {

@@ -19,6 +19,7 @@ import (
 
 const (
 	dialLimit   = 10 * time.Second // until logged in; also for a word from ssh-agent
+	keysAtOnce  = 6                // sshd and gitopper stop asking after as many
 	aliveEvery  = 15 * time.Second
 	aliveLimit  = 3 * aliveEvery // a peer that owes a sign of life for so long is gone
 	answerLimit = 2 << 20        // bytes: some 10,000 services, and bearable times 500 hosts
@@ -39,6 +40,7 @@ func parseHost(arg, port string) (host, error) {
 			return host{}, fmt.Errorf("host %q: want @name, @name:port or @[v6]:port", arg)
 		}
 	}
+
 	if ip, err := netip.ParseAddr(h); err == nil {
 		h = ip.String()
 	} else if strings.Contains(h, ":") {
@@ -48,12 +50,11 @@ func parseHost(arg, port string) (host, error) {
 		return host{}, fmt.Errorf("host %q: the key says who you are: leave the user name out", arg)
 	}
 	// Nothing that has a meaning in known_hosts, where the name will be written.
-	bad := func(r rune) bool {
-		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune(".-_:%", r))
-	}
-	if h == "" || strings.ContainsFunc(h, bad) {
+	const good = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:%"
+	if h == "" || strings.Trim(h, good) != "" {
 		return host{}, fmt.Errorf("host %q: want @name, @name:port or @[v6]:port", arg)
 	}
+
 	n, err := strconv.ParseUint(p, 10, 16)
 	if err != nil || n == 0 {
 		return host{}, fmt.Errorf("host %q: port %q: want a number from 1 to 65535", arg, p)
@@ -64,20 +65,22 @@ func parseHost(arg, port string) (host, error) {
 // errLost is in every error after which nobody knows what the host has done.
 var errLost = errors.New("no answer")
 
-// ask sends the request to the host and returns what it writes to stdout. Its stderr is passed on line by line,
-// but for the last line of a request that fails, which is the error. It gives up after limit.
+// ask sends the request to the host and returns what it writes to stdout. Its stderr is passed on line by
+// line, but for the last line of a request that fails, which is the error. It gives up after limit.
 func (c *client) ask(ctx context.Context, h host, request string, limit time.Duration) ([]byte, error) {
 	conn, err := c.connect(ctx, h)
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
+
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w for %v", errLost, limit))
 	defer cancel()
 	ctx, lost := context.WithCancelCause(ctx)
 	defer lost(nil)
 	context.AfterFunc(ctx, func() { conn.Close() })
 	go keepAlive(ctx, conn, lost)
+
 	answer, err := c.exchange(conn, h, request)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
@@ -88,8 +91,29 @@ func (c *client) ask(ctx context.Context, h host, request string, limit time.Dur
 	return answer, err
 }
 
-// connect returns a connection to a host that has proved to be the one, and that lets us in.
+// errRefused says that a host takes none of the keys that it was shown.
+var errRefused = errors.New("no key was accepted")
+
+// connect returns a connection to a host that has proved to be the one, and that lets us in. A host that
+// stops asking is asked again with the next keys.
 func (c *client) connect(ctx context.Context, h host) (*ssh.Client, error) {
+	rest := c.keys.signers
+	for {
+		keys := rest[:min(keysAtOnce, len(rest))]
+		rest = rest[len(keys):]
+		conn, err := c.login(ctx, h, keys)
+		if !errors.Is(err, errRefused) {
+			return conn, err
+		}
+		if len(rest) == 0 {
+			return nil, fmt.Errorf("%w (%s): add one to the keys in that host's config, or name another "+
+				"with -i", err, c.keys.tried())
+		}
+	}
+}
+
+// login is one try with some keys.
+func (c *client) login(ctx context.Context, h host, keys []ssh.Signer) (*ssh.Client, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, dialLimit, fmt.Errorf("no answer for %v", dialLimit))
 	defer cancel()
 	_, port, _ := net.SplitHostPort(h.addr)
@@ -98,12 +122,14 @@ func (c *client) connect(ctx context.Context, h host) (*ssh.Client, error) {
 		return nil, err
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: does gitopper listen there, on port %s?", cmp.Or(context.Cause(ctx), err), port)
+		err = cmp.Or(context.Cause(ctx), err)
+		return nil, fmt.Errorf("%w: does gitopper listen there, on port %s?", err, port)
 	}
+
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	sshConn, chans, reqs, err := ssh.NewClientConn(conn, h.addr, &ssh.ClientConfig{
 		User:              c.user,
-		Auth:              []ssh.AuthMethod{ssh.PublicKeys(slices.Clip(c.keys.signers)...)},
+		Auth:              []ssh.AuthMethod{ssh.PublicKeys(slices.Clip(keys)...)},
 		HostKeyAlgorithms: c.known.algorithms(h.addr),
 		HostKeyCallback: func(addr string, remote net.Addr, key ssh.PublicKey) error {
 			notice, err := c.known.verify(addr, remote, key)
@@ -113,6 +139,7 @@ func (c *client) connect(ctx context.Context, h host) (*ssh.Client, error) {
 			return err
 		},
 	})
+
 	var host hostKeyError
 	switch {
 	case !stop():
@@ -121,15 +148,15 @@ func (c *client) connect(ctx context.Context, h host) (*ssh.Client, error) {
 		return ssh.NewClient(sshConn, chans, reqs), nil
 	case errors.As(err, &host):
 		return nil, host
-	// x/crypto has no type for this error.
-	case strings.Contains(err.Error(), "unable to authenticate"), strings.Contains(err.Error(), "too many authentication"):
-		return nil, fmt.Errorf("no key was accepted (%s): add one to the keys in that host's config, or name another with -i", c.keys.tried())
+	case strings.Contains(err.Error(), "unable to authenticate"), // x/crypto has no type for this error
+		strings.Contains(err.Error(), "too many authentication"):
+		return nil, errRefused
 	}
 	return nil, err
 }
 
-// keepAlive calls lost when the peer does not react any more. A dead peer sends nothing, not even an error, and
-// a do command may rightly be silent for half an hour.
+// keepAlive calls lost when the peer does not react any more. A dead peer sends nothing, not even an error,
+// and a do command may rightly be silent for half an hour.
 func keepAlive(ctx context.Context, conn ssh.Conn, lost context.CancelCauseFunc) {
 	for {
 		select {
@@ -137,7 +164,9 @@ func keepAlive(ctx context.Context, conn ssh.Conn, lost context.CancelCauseFunc)
 			return
 		case <-time.After(aliveEvery):
 		}
-		dead := time.AfterFunc(aliveLimit, func() { lost(fmt.Errorf("%w: no sign of life for %v", errLost, aliveLimit)) })
+		dead := time.AfterFunc(aliveLimit, func() {
+			lost(fmt.Errorf("%w: no sign of life for %v", errLost, aliveLimit))
+		})
 		_, _, err := conn.SendRequest("keepalive@openssh.com", true, nil)
 		dead.Stop()
 		if err != nil {
@@ -151,44 +180,44 @@ func (c *client) exchange(conn *ssh.Client, h host, request string) ([]byte, err
 	if err != nil {
 		return nil, err
 	}
-	stdout, err := session.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	stderr, err := session.StderrPipe()
-	if err != nil {
-		return nil, err
-	}
+	stdout, _ := session.StdoutPipe() // these two can't fail before the start
+	stderr, _ := session.StderrPipe()
 	if err := session.Start(request); err != nil {
 		return nil, err
 	}
+
 	verdict := make(chan string, 1)
 	go func() { verdict <- c.passOn(h, stderr) }()
 	answer, err := io.ReadAll(io.LimitReader(stdout, answerLimit+1))
 	if err == nil && len(answer) > answerLimit {
 		return nil, fmt.Errorf("the answer is larger than %d bytes", answerLimit)
 	}
+
 	why := <-verdict
 	err = cmp.Or(err, session.Wait())
 	var exit *ssh.ExitError
 	switch {
 	case errors.As(err, &exit):
-		return answer, errors.New(cmp.Or(why, fmt.Sprintf("%s ended with status %d", request, exit.ExitStatus())))
+		why = cmp.Or(why, fmt.Sprintf("%s ended with status %d", request, exit.ExitStatus()))
+		return answer, errors.New(why)
 	case err != nil:
 		return nil, fmt.Errorf("%w: connection lost: %w", errLost, err)
 	}
 	return answer, nil
 }
 
-// passOn prints each line as it comes, and returns the last if it is a verdict: an HTTP status text and what was wrong.
+// passOn prints each line as it comes, and returns the last if it is a verdict: an HTTP status text and what
+// was wrong.
 func (c *client) passOn(h host, stderr io.Reader) (verdict string) {
-	statuses := []string{"Not Found", "Unauthorized", "Bad Request", "Not Acceptable", "Conflict", "Internal Server Error"}
+	statuses := []string{"Not Found", "Unauthorized", "Bad Request", "Not Acceptable", "Conflict",
+		"Internal Server Error"}
 	show := func(line string) {
 		if c.several {
 			line = h.name + ": " + line
 		}
 		c.stderr.print(line)
 	}
+
 	scan := bufio.NewScanner(io.LimitReader(stderr, answerLimit))
 	for scan.Scan() {
 		if verdict != "" {
@@ -201,6 +230,7 @@ func (c *client) passOn(h host, stderr io.Reader) (verdict string) {
 			show(scan.Text())
 		}
 	}
+
 	io.Copy(io.Discard, stderr) // else a flood of it would hold up the answer
 	return verdict
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -39,7 +40,8 @@ func (k *keys) tried() string {
 }
 
 func (k *keys) add(signer ssh.Signer) {
-	if !slices.ContainsFunc(k.signers, func(s ssh.Signer) bool { return sameKey(s.PublicKey(), signer.PublicKey()) }) {
+	same := func(s ssh.Signer) bool { return sameKey(s.PublicKey(), signer.PublicKey()) }
+	if !slices.ContainsFunc(k.signers, same) {
 		k.signers = append(k.signers, signer)
 	}
 }
@@ -58,6 +60,7 @@ func findKeys(ctx context.Context, files []string) (*keys, error) {
 	if len(files) > 0 {
 		return k, nil
 	}
+
 	signers, err := held()
 	switch {
 	case err != nil:
@@ -68,6 +71,7 @@ func findKeys(ctx context.Context, files []string) (*keys, error) {
 	for _, signer := range signers {
 		k.add(signer)
 	}
+
 	usual := []string{"id_ed25519", "id_ecdsa", "id_rsa"}
 	home, err := os.UserHomeDir()
 	if err != nil {
@@ -85,13 +89,16 @@ func findKeys(ctx context.Context, files []string) (*keys, error) {
 			k.notes = append(k.notes, err.Error())
 		}
 	}
+
 	if len(k.signers) == 0 {
-		return nil, fmt.Errorf("no key to log in with: %s: name one with -i, or make one with ssh-keygen", strings.Join(k.notes, ", "))
+		return nil, fmt.Errorf("no key to log in with: %s: name one with -i, or make one with ssh-keygen",
+			strings.Join(k.notes, ", "))
 	}
 	return k, nil
 }
 
-// readKey returns the private key in file. One that is encrypted, in hardware, or known by its public part only, is had from ssh-agent.
+// readKey returns the private key in file. One that is encrypted, in hardware, or known by its public part
+// only, is had from ssh-agent.
 func readKey(file string, held func() ([]ssh.Signer, error)) (ssh.Signer, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -101,6 +108,7 @@ func readKey(file string, held func() ([]ssh.Signer, error)) (ssh.Signer, error)
 	if err == nil {
 		return signer, nil
 	}
+
 	var locked *ssh.PassphraseMissingError
 	encrypted := errors.As(err, &locked)
 	var public ssh.PublicKey
@@ -117,12 +125,14 @@ func readKey(file string, held func() ([]ssh.Signer, error)) (ssh.Signer, error)
 	if public == nil && !encrypted {
 		return nil, fmt.Errorf("%s: neither a private nor a public key: %w", file, err)
 	}
+
 	signers, agentErr := held()
 	for _, s := range signers {
 		if public != nil && sameKey(s.PublicKey(), public) {
 			return s, nil
 		}
 	}
+
 	way := "ssh-agent does not hold it: ssh-add " + strings.TrimSuffix(file, ".pub")
 	if agentErr != nil {
 		way = agentErr.Error() + ": start one and ssh-add " + strings.TrimSuffix(file, ".pub")
@@ -143,6 +153,7 @@ func agentKeys(ctx context.Context) ([]ssh.Signer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ssh-agent does not answer: %w", err)
 	}
+
 	context.AfterFunc(ctx, func() { conn.Close() })
 	signers, err := agent.NewClient(&agentConn{conn}).Signers()
 	if err != nil {
@@ -176,9 +187,12 @@ type hostKeyError string
 
 func (e hostKeyError) Error() string { return string(e) }
 
+func notBelieved(format string, args ...any) error { return hostKeyError(fmt.Sprintf(format, args...)) }
+
 // openKnownHosts reads the files. They need not exist; a line that can't be read is an error that names it.
 func openKnownHosts(file string, system ...string) (*knownHosts, error) {
 	k := &knownHosts{file: file, authorities: map[string]bool{}}
+
 	var files []string
 	for _, name := range append([]string{file}, system...) {
 		text, err := os.ReadFile(name)
@@ -195,19 +209,23 @@ func openKnownHosts(file string, system ...string) (*knownHosts, error) {
 			}
 		}
 	}
+
 	var err error
 	if k.check, err = knownhosts.New(files...); err != nil {
-		return nil, fmt.Errorf("known hosts: %s: mend or remove that line, or name another file with -k", strings.TrimPrefix(err.Error(), "knownhosts: "))
+		return nil, fmt.Errorf("known hosts: %s: mend or remove that line, or name another file with -k",
+			strings.TrimPrefix(err.Error(), "knownhosts: "))
 	}
 	return k, nil
 }
 
-// lookup returns what is known of the address, plain keys and authorities apart, and the address that it is known
-// under: as with ssh, what is known of a host's sshd also vouches for a port that nothing is known about.
+// lookup returns what is known of the address, plain keys and authorities apart, and the address that it is
+// known under: as with ssh, what is known of a host's sshd also vouches for a port that nothing is known
+// about.
 func (k *knownHosts) lookup(addr string) (at string, plain, authorities []knownhosts.KnownKey) {
 	// Asked about a key that nobody can have, knownhosts tells which ones it wants instead.
 	nobody, _ := ssh.NewPublicKey(make(ed25519.PublicKey, ed25519.PublicKeySize))
 	h, _, _ := net.SplitHostPort(addr)
+
 	for _, at := range []string{addr, net.JoinHostPort(h, "22")} {
 		var unknown *knownhosts.KeyError
 		if !errors.As(k.check(at, &net.TCPAddr{}, nobody), &unknown) || len(unknown.Want) == 0 {
@@ -225,9 +243,9 @@ func (k *knownHosts) lookup(addr string) (at string, plain, authorities []knownh
 	return addr, nil, nil
 }
 
-// algorithms returns the host key algorithms to ask for, those that can be verified first: left alone, a server
-// with several keys shows one that known_hosts may not have, which looks like a changed key (golang.org/issue/29286).
-// Certificates are only asked for where an authority is known.
+// algorithms returns the host key algorithms to ask for, those that can be verified first: left alone, a
+// server with several keys shows one that known_hosts may not have, which looks like a changed key
+// (golang.org/issue/29286). Certificates are only asked for where an authority is known.
 func (k *knownHosts) algorithms(addr string) []string {
 	_, plain, authorities := k.lookup(addr)
 	rank := func(algo string) int {
@@ -245,6 +263,7 @@ func (k *knownHosts) algorithms(addr string) []string {
 		}
 		return 3
 	}
+
 	all := slices.DeleteFunc(ssh.SupportedAlgorithms().HostKeys, func(algo string) bool {
 		return isCert(algo) && len(authorities) == 0
 	})
@@ -252,7 +271,8 @@ func (k *knownHosts) algorithms(addr string) []string {
 	return all
 }
 
-// verify says whether key is addr's, and remembers the key of a host that nothing is known about, which gives a notice.
+// verify says whether key is addr's, and remembers the key of a host that nothing is known about, which gives
+// a notice.
 func (k *knownHosts) verify(addr string, remote net.Addr, key ssh.PublicKey) (notice string, err error) {
 	at, plain, authorities := k.lookup(addr)
 	err = k.check(at, remote, key)
@@ -260,25 +280,31 @@ func (k *knownHosts) verify(addr string, remote net.Addr, key ssh.PublicKey) (no
 		if k.check(at, remote, cert.Key) == nil {
 			return "", nil // as with ssh, a known key is not worse for a certificate that is no good
 		}
-		return "", hostKeyError(fmt.Sprintf("host certificate is not valid: %s: have it signed anew, or mend the @cert-authority line", strings.TrimPrefix(err.Error(), "ssh: ")))
+		return "", notBelieved("host certificate is not valid: %s: have it signed anew, or mend the "+
+			"@cert-authority line", strings.TrimPrefix(err.Error(), "ssh: "))
 	}
+
 	var revoked *knownhosts.RevokedError
 	switch {
 	case err == nil:
 		return "", nil
 	case errors.As(err, &revoked):
-		return "", hostKeyError(fmt.Sprintf("host key %s is revoked in %s:%d: ask the host's administrator, and don't go on",
-			fingerprint(key), revoked.Revoked.Filename, revoked.Revoked.Line))
+		return "", notBelieved("host key %s is revoked in %s:%d: ask the host's administrator, and don't go "+
+			"on", fingerprint(key), revoked.Revoked.Filename, revoked.Revoked.Line)
 	case at == addr && len(plain) > 0:
-		was := plain[max(0, slices.IndexFunc(plain, func(l knownhosts.KnownKey) bool { return l.Key.Type() == key.Type() }))]
-		return "", hostKeyError(fmt.Sprintf("host key has changed: it is %s, but %s:%d has %s: someone may be in between; if the change is known, run ssh-keygen -R '%s' -f '%s'",
-			fingerprint(key), was.Filename, was.Line, fingerprint(was.Key), knownhosts.Normalize(addr), was.Filename))
+		sameType := func(l knownhosts.KnownKey) bool { return l.Key.Type() == key.Type() }
+		was := plain[max(0, slices.IndexFunc(plain, sameType))]
+		return "", notBelieved("host key has changed: it is %s, but %s:%d has %s: someone may be in "+
+			"between; if the change is known, run ssh-keygen -R '%s' -f '%s'", fingerprint(key), was.Filename,
+			was.Line, fingerprint(was.Key), knownhosts.Normalize(addr), was.Filename)
 	case at == addr && len(authorities) > 0:
-		return "", hostKeyError(fmt.Sprintf("host key %s has no certificate of the authority in %s:%d: have it signed, or add the key to %s",
-			fingerprint(key), authorities[0].Filename, authorities[0].Line, k.file))
+		return "", notBelieved("host key %s has no certificate of the authority in %s:%d: have it signed, "+
+			"or add the key to %s", fingerprint(key), authorities[0].Filename, authorities[0].Line, k.file)
 	}
+
 	if err := k.remember(addr, key); err != nil {
-		return "", hostKeyError(fmt.Sprintf("new host, key %s, but it can't be remembered: %v: name another file with -k", fingerprint(key), err))
+		return "", notBelieved("new host, key %s, but it can't be remembered: %v: name another file with -k",
+			fingerprint(key), err)
 	}
 	return fmt.Sprintf("new host, key %s remembered in %s", fingerprint(key), k.file), nil
 }
@@ -287,6 +313,7 @@ func (k *knownHosts) verify(addr string, remote net.Addr, key ssh.PublicKey) (no
 func (k *knownHosts) remember(addr string, key ssh.PublicKey) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+
 	if err := os.MkdirAll(filepath.Dir(k.file), 0o700); err != nil {
 		return err
 	}
@@ -295,17 +322,14 @@ func (k *knownHosts) remember(addr string, key ssh.PublicKey) error {
 		return err
 	}
 	defer f.Close()
+
 	line := knownhosts.Line([]string{addr}, key) + "\n"
-	last := make([]byte, 1)
-	if info, err := f.Stat(); err != nil {
+	before, err := io.ReadAll(f)
+	if err != nil {
 		return err
-	} else if info.Size() > 0 {
-		if _, err := f.ReadAt(last, info.Size()-1); err != nil {
-			return err
-		}
-		if last[0] != '\n' {
-			line = "\n" + line
-		}
+	}
+	if len(before) > 0 && before[len(before)-1] != '\n' {
+		line = "\n" + line
 	}
 	if _, err := f.WriteString(line); err != nil {
 		return err

@@ -123,6 +123,23 @@ func TestKeys(t *testing.T) {
 			}
 			return args, newKey(t).PublicKey()
 		}, ", 3 more): add one to the keys in that host's config, or name another with -i\n"},
+		{"the eighth", func(t *testing.T, dir string) (args []string, last ssh.PublicKey) {
+			for i := range 8 {
+				file := fmt.Sprint(dir, "/mine", i)
+				last = makeKey(t, file, "-t", "ed25519")
+				args = append(args, "-i", file)
+			}
+			return args, last
+		}, ""},
+		{"the eighth of the agent's", func(t *testing.T, dir string) (_ []string, last ssh.PublicKey) {
+			var files []string
+			for i := range 8 {
+				files = append(files, fmt.Sprint(dir, "/mine", i))
+				last = makeKey(t, files[i], "-t", "ed25519")
+			}
+			startAgent(t, files...)
+			return nil, last
+		}, ""},
 		{"-i missing", func(t *testing.T, dir string) ([]string, ssh.PublicKey) {
 			return []string{"-i", dir + "/mine"}, newKey(t).PublicKey()
 		}, "gitopper ctl: open DIR/mine: no such file or directory\n"},

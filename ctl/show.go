@@ -16,10 +16,12 @@ import (
 )
 
 // show prints the outcomes in the order of the command line.
-func show(ctx context.Context, hosts []host, outcomes []chan outcome, cmd command, asJSON bool, stdout io.Writer, stderr *lines) error {
+func show(ctx context.Context, hosts []host, outcomes []chan outcome, cmd command, asJSON bool,
+	stdout io.Writer, stderr *lines) error {
 	several := len(hosts) > 1
 	table := [][]string{cmd.heads(several)}
 	answered, unanswered, failed := 0, 0, false
+
 	for i, h := range hosts {
 		o := <-outcomes[i]
 		rows, err := parseAnswer(cmd, o.answer)
@@ -37,6 +39,7 @@ func show(ctx context.Context, hosts []host, outcomes []chan outcome, cmd comman
 				}
 			}
 		}
+
 		switch err = cmp.Or(o.err, err); {
 		case err != nil && ctx.Err() != nil:
 			unanswered++
@@ -45,25 +48,31 @@ func show(ctx context.Context, hosts []host, outcomes []chan outcome, cmd comman
 			stderr.print("gitopper ctl: " + h.name + ": " + err.Error())
 		}
 	}
+
 	if answered > 0 && !asJSON {
-		w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-		for _, row := range table {
-			for i := range row {
-				row[i] = clean(row[i])
-			}
-			fmt.Fprintln(w, strings.Join(row, "\t"))
-		}
-		if err := w.Flush(); err != nil {
+		if err := writeTable(stdout, table); err != nil {
 			return err
 		}
 	}
-	switch {
-	case unanswered > 0:
-		return fmt.Errorf("interrupted: no answer from %d of %d hosts; list service shows how things stand", unanswered, len(hosts))
-	case failed:
+	if unanswered > 0 {
+		return fmt.Errorf("interrupted: no answer from %d of %d hosts; list service shows how things stand",
+			unanswered, len(hosts))
+	}
+	if failed {
 		return errTold
 	}
 	return nil
+}
+
+func writeTable(out io.Writer, table [][]string) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	for _, row := range table {
+		for i := range row {
+			row[i] = clean(row[i])
+		}
+		fmt.Fprintln(w, strings.Join(row, "\t"))
+	}
+	return w.Flush()
 }
 
 func (c command) heads(several bool) []string {
@@ -90,6 +99,7 @@ func parseAnswer(cmd command, answer []byte) ([][]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the answer makes no sense (%w): is that gitopper?", err)
 	}
+
 	var rows [][]string
 	if cmd.path == "/list/machine" {
 		for _, m := range a.Machines {
@@ -103,7 +113,8 @@ func parseAnswer(cmd command, answer []byte) ([][]string, error) {
 	return rows, nil
 }
 
-// formatJSON returns the answer for -m: unchanged, or for one of several hosts on one line and with the host's name.
+// formatJSON returns the answer for -m: unchanged, or for one of several hosts on one line and with the
+// host's name.
 func formatJSON(answer []byte, host string, several bool) []byte {
 	var b bytes.Buffer
 	if several {
@@ -116,7 +127,9 @@ func formatJSON(answer []byte, host string, several bool) []byte {
 		answer = slices.Concat([]byte(`{"host":`), name, rest)
 		b.Reset()
 	}
-	// JSON may hold DEL and the C1 controls as they are, which would drive a terminal. The escaped form means the same.
+
+	// JSON may hold DEL and the C1 controls as they are, which would drive a terminal. The escaped form means
+	// the same.
 	for _, r := range string(bytes.TrimRight(answer, "\n")) {
 		if r >= 0x7f && r <= 0xffff && !unicode.IsPrint(r) {
 			fmt.Fprintf(&b, `\u%04x`, r)

@@ -1,0 +1,59 @@
+package main
+
+import (
+	"context"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestExecute(t *testing.T) {
+	ctx := context.Background()
+	dead, cancel := context.WithCancel(ctx)
+	cancel()
+	for _, tc := range []struct {
+		name   string
+		ctx    context.Context
+		limit  time.Duration
+		script string
+		out    string
+		err    string
+	}{
+		{"output", ctx, time.Minute, "echo a; echo b >&2", "a\n", ""},
+		{"words", ctx, time.Minute, "echo first >&2; echo last >&2; exit 3", "", "job: exit status 3: first; last"},
+		{"limit", ctx, 50 * time.Millisecond, "echo waiting >&2; sleep 100 & wait", "", "job: took longer than 50ms and was ended: waiting"},
+		{"ended before", dead, time.Minute, "echo a", "", "job: context canceled"},
+		{"locale", ctx, time.Minute, "echo $LC_ALL", "C\n", ""},
+		{"left behind", ctx, time.Minute, "setsid sleep 100 & echo a", "a\n", ""},
+		{"endless output", ctx, time.Minute, "head -c 90000000 /dev/zero", "", "job: more than 64 MiB of output"},
+		{"leaves its group", ctx, 200 * time.Millisecond, "exec 2>/dev/null; set -m; sleep 3 & wait", "", "took longer than 200ms"},
+		{"much output", ctx, time.Minute, "yes x | head -100000 >&2; exit 1", "", "x; x"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			out, err := execute(tc.ctx, program{name: "job", cmd: exec.Command("bash", "-c", tc.script), limit: tc.limit})
+			if string(out) != tc.out && tc.err == "" || (err == nil) != (tc.err == "") || err != nil && (!strings.Contains(err.Error(), tc.err) || len(err.Error()) > 1000) {
+				t.Errorf("got %.100q, %v; want %q, %q", out, err, tc.out, tc.err)
+			}
+		})
+	}
+}
+
+func TestRedact(t *testing.T) {
+	for in, want := range map[string]string{
+		"https://user:pass@h/x":                  "https://***h/x",
+		"https://user:p@ss@h/x":                  "https://***h/x",
+		"https://token@h/x":                      "https://***h/x",
+		"ssh://git@h/x git@h:x":                  "ssh://git@h/x git@h:x",
+		"fatal: ssh://git:pw@h/x: no":            "fatal: ssh://***h/x: no",
+		"unable to look up user:s3cret@h (port)": "unable to look up ***h (port)",
+		"a https://x/y and b@c":                  "a https://x/y and b@c",
+		"http://u:p@h/ http://u2:p@i/":           "http://***h/ http://***i/",
+		"https://h/x?private_token=s3cret&a=b":   "https://h/x?private_token=***&a=b",
+	} {
+		if got := redact(in); got != want {
+			t.Errorf("redact(%q) = %q, want %q", in, got, want)
+		}
+	}
+}

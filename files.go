@@ -1,0 +1,612 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha1"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"maps"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// names in a service's directory that are ours.
+const (
+	ourDir     = ".gitopper"
+	stageDir   = ourDir + "/stage"   // a candidate's changed files, at their paths
+	publishDir = ourDir + "/publish" // what is going live, and what came out
+	editsDir   = ourDir + "/edits"   // NNNN-TIME/PATH: local edits that were undone
+)
+
+// Bounds on what a service's user can make root do.
+const (
+	maxUnknown = 2 << 30     // bytes read in one comparison of files whose size the manifest does not know
+	maxEntries = 100_000     // of a directory that came out of a publish
+	youngest   = time.Second // a file that changed within it may change again without another ctime
+
+	editsAge  = 30 * 24 * time.Hour // edits are kept for so long at least,
+	editsKept = 20                  // and of older publishes the last ones
+)
+
+// files is a service's directory on disk and its manifest. It belongs to the service's goroutine.
+type files struct {
+	dir      string // mount/service
+	manifest string // the manifest's file, in root's state directory
+	acct     account
+	dirs     []dir    // whose links lie in it
+	nested   []string // absolute paths of other services' checkouts that lie in dir
+
+	m       *manifest        // as on disk, with what was learned since; nil: not read yet
+	staged  map[string]noted // by stage, for publish
+	settled *manifest        // by publish, for clear: what the manifest will be
+	unknown int64            // bytes of files whose size is not known that may still be read
+	full    shortage         // of the last stage that failed for want of space
+}
+
+// shortage is what a stage lacked.
+type shortage struct {
+	what          string // a digest of what was to be staged
+	bytes, inodes uint64 // that were free, and not enough
+}
+
+// diff is what separates the disk from a wanted tree.
+type diff struct {
+	put    []string // paths of want that the disk does not have as they should be, and links, sorted
+	gone   []string // paths of ours that want does not have, sorted
+	edited []string // paths that we put there and somebody changed, sorted
+	alien  []string // paths of put where somebody's own is in the way, sorted
+}
+
+// found is what the disk has under a path.
+type found int
+
+const (
+	missing  found = iota
+	blocked        // something that is no directory, and not ours, lies above the path
+	asWanted       //
+	crooked        // the wanted content with another owner, group or mode
+	ours           // what we put there, but not what is wanted now
+	theirs         // anything else
+)
+
+// add tells what is to be done about a path. known says that the manifest has it as live.
+func (d *diff) add(p string, wanted, known bool, there found) {
+	edited := known && (there == theirs || wanted && (there == missing || there == blocked))
+	if edited {
+		d.edited = append(d.edited, p)
+	}
+
+	switch {
+	case wanted && there != asWanted:
+		d.put = append(d.put, p)
+	case !wanted && (there == ours || there == theirs):
+		d.gone = append(d.gone, p)
+	}
+	if wanted && (there == blocked || there == theirs && !known) {
+		d.alien = append(d.alien, p)
+	}
+}
+
+// compare looks at the disk: what separates it from want. A file that is as the manifest noted it costs one
+// lstat(2), any other one is read, if it has the size that the manifest knows.
+func (f *files) compare(ctx context.Context, want tree) (diff, error) {
+	var d diff
+	top, err := openOwn(f.dir)
+	if err != nil {
+		return d, err
+	}
+	defer top.close()
+	live := &descent{top: top}
+	defer live.close()
+
+	m := f.load()
+	paths := f.paths(want)
+	f.unknown = maxUnknown
+	for _, p := range paths {
+		if err := ctx.Err(); err != nil {
+			return d, err
+		}
+		there, err := f.look(ctx, live, p, want[p], paths)
+		if err != nil {
+			return d, fmt.Errorf("%s/%s: %w", f.dir, p, err)
+		}
+		_, wanted := want[p]
+		if wanted || there != missing {
+			d.add(p, wanted, len(m.known[p]) > 0 && !m.pending(), there)
+		}
+	}
+	if err := f.missingLinks(live, &d); err != nil {
+		return d, err
+	}
+	return d, f.mountsInTheWay(top, d)
+}
+
+// paths returns all paths of the manifest and of want, sorted.
+func (f *files) paths(want tree) []string {
+	m := f.load()
+	more := slices.Clip(m.paths)
+	for p := range want {
+		if _, ok := m.known[p]; !ok {
+			more = append(more, p)
+		}
+	}
+	if len(more) > len(m.paths) {
+		slices.Sort(more)
+	}
+	return more
+}
+
+// look says what is live under a path. paths, all of ours and all that are wanted, are sorted.
+func (f *files) look(ctx context.Context, live *descent, p string, want blob, paths []string) (found, error) {
+	known := f.load().known[p]
+	dir, err := live.to(path.Dir(p))
+	var st syscall.Stat_t
+	if err == nil {
+		st, err = dir.lstat(path.Base(p))
+	}
+	switch {
+	case err == syscall.ENOENT, notThere(err) && len(f.m.known[live.stuck]) > 0:
+		return missing, nil
+	case notThere(err):
+		return blocked, nil
+	case err != nil:
+		return missing, err
+	}
+
+	isDir := st.Mode&syscall.S_IFMT == syscall.S_IFDIR
+	if isDir && (want == blob{} || len(known) == 0) && anyBelow(paths, p) {
+		if want == (blob{}) {
+			return missing, nil // a directory now, of other paths of ours
+		}
+		return ours, nil
+	}
+	has, err := f.match(ctx, dir, path.Base(p), &st, known)
+	perm, uid, gid := f.attributes(want)
+	switch {
+	case err != nil:
+		return missing, err
+	case isDir && want.mode == "160000":
+		return asWanted, nil
+	case has == blob{}:
+		return theirs, nil
+	case has.id != want.id, (has.mode == "120000") != (want.mode == "120000"):
+		return ours, nil
+	case int(st.Uid) != uid, int(st.Gid) != gid:
+		return crooked, nil
+	case has.mode != "120000" && st.Mode&0o7777 != perm:
+		return crooked, nil
+	}
+	return asWanted, nil
+}
+
+// anyBelow says whether one of the sorted paths lies below dir.
+func anyBelow(paths []string, dir string) bool {
+	i, _ := slices.BinarySearch(paths, dir+"/")
+	return i < len(paths) && strings.HasPrefix(paths[i], dir+"/")
+}
+
+// attributes returns what a file of a tree is to have.
+func (f *files) attributes(b blob) (perm uint32, uid, gid int) {
+	perm = 0o644
+	if b.mode == "100755" {
+		perm = 0o755
+	}
+	return perm, f.acct.uid, f.acct.gid
+}
+
+// match says which of the blobs that we put there a name in a directory still is; zero: none. What it had to
+// read for that it notes, unless the file changed a moment ago.
+func (f *files) match(ctx context.Context, dir place, name string, st *syscall.Stat_t,
+	known []noted) (blob, error) {
+	if i := slices.IndexFunc(known, func(n noted) bool { return n.untouched(st) }); i >= 0 {
+		return known[i].blob, nil
+	}
+
+	id, err := "", error(nil)
+	switch st.Mode & syscall.S_IFMT {
+	case syscall.S_IFLNK:
+		id, err = linkID(dir, name, known)
+	case syscall.S_IFREG:
+		if !f.mayRead(st.Size, known) {
+			return blob{}, nil
+		}
+		var file *os.File
+		if file, *st, err = dir.openFile(name); err == nil {
+			id, err = fileID(ctx, file, st.Size, known)
+			file.Close()
+		}
+	case syscall.S_IFDIR:
+		id = "160000"
+	}
+	if err != nil {
+		return blob{}, ctx.Err() // it changes under our eyes
+	}
+
+	for i := range known {
+		n := &known[i]
+		if n.id != id && n.mode != id || n.kind() != st.Mode&syscall.S_IFMT {
+			continue
+		}
+		n.note(st)
+		if time.Since(time.Unix(st.Ctim.Unix())) < youngest {
+			n.ctime = 0
+		}
+		return n.blob, nil
+	}
+	return blob{}, nil
+}
+
+// mayRead says whether a file of that size can be one of known.
+func (f *files) mayRead(size int64, known []noted) bool {
+	for _, n := range known {
+		if n.size == size {
+			return true
+		}
+		if n.size < 0 && size <= f.unknown {
+			f.unknown -= size
+			return true
+		}
+	}
+	return false
+}
+
+// hashOf returns the hash of the ids in known.
+func hashOf(known []noted) hash.Hash {
+	if len(known) > 0 && len(known[0].id) == 2*sha256.Size {
+		return sha256.New()
+	}
+	return sha1.New()
+}
+
+// fileID computes the id of a file's content as git does. The file is read no further than size.
+func fileID(ctx context.Context, file *os.File, size int64, known []noted) (string, error) {
+	h := hashOf(known)
+	fmt.Fprintf(h, "blob %d\x00", size)
+	for left := size; left > 0; {
+		if err := ctx.Err(); err != nil {
+			return "", err
+		}
+		n, err := io.CopyN(h, file, min(left, 1<<20))
+		if err != nil {
+			return "", err
+		}
+		left -= n
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// linkID is fileID of a symbolic link.
+func linkID(dir place, name string, known []noted) (string, error) {
+	to, err := os.Readlink(dir.path() + "/" + name)
+	h := hashOf(known)
+	fmt.Fprintf(h, "blob %d\x00%s", len(to), to)
+	return hex.EncodeToString(h.Sum(nil)), err
+}
+
+// missingLinks adds the links that should be directories and are not.
+func (f *files) missingLinks(live *descent, d *diff) error {
+	for _, l := range f.dirs {
+		if l.kind == aFile || slices.Contains(d.put, l.link) {
+			continue
+		}
+		if _, err := live.to(l.link); err == nil {
+			continue
+		} else if !notThere(err) {
+			return err
+		}
+		d.put = append(d.put, l.link)
+		if live.err != syscall.ENOENT && len(f.m.known[live.stuck]) == 0 {
+			d.alien = append(d.alien, l.link)
+		}
+	}
+	slices.Sort(d.put)
+	slices.Sort(d.alien)
+	return nil
+}
+
+// mountsInTheWay is an error where somebody mounted something on or around what is to change: files are
+// renamed into their places, which can't be done across mounts.
+func (f *files) mountsInTheWay(top place, d diff) error {
+	if len(d.put)+len(d.gone) == 0 {
+		return nil
+	}
+	here, err := os.Readlink(top.path())
+	if err != nil {
+		return err
+	}
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+
+	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+	for line := range strings.Lines(string(table)) { // 36 35 98:0 /mnt1 /mnt2 rw,noatime - ext3 /dev/root rw
+		fields := strings.Fields(line)
+		if len(fields) < 5 {
+			continue
+		}
+		at, below := strings.CutPrefix(unescape.Replace(fields[4]), here+"/")
+		if !below {
+			continue
+		}
+		hit := func(p string) bool {
+			return p == at || strings.HasPrefix(p, at+"/") || strings.HasPrefix(at, p+"/")
+		}
+		if slices.ContainsFunc(d.put, hit) || slices.ContainsFunc(d.gone, hit) {
+			return brokenError{fmt.Errorf("%s/%s is a mount point, where files are to change: unmount it",
+				f.dir, at)}
+		}
+	}
+	return nil
+}
+
+// isAbove says whether a directory lies above the links, and so is root's.
+func (f *files) isAbove(dir string) bool {
+	above := false
+	for _, l := range f.dirs {
+		if l.link == dir || strings.HasPrefix(dir, l.link+"/") {
+			return false
+		}
+		above = above || strings.HasPrefix(l.link, dir+"/")
+	}
+	return above
+}
+
+// enough is an error while there is no more space than when staging the same failed for want of it.
+func (f *files) enough(top place, want tree, d diff) (shortage, error) {
+	parts := []string{}
+	for _, p := range d.put {
+		parts = append(parts, p, want[p].id)
+	}
+	var fs syscall.Statfs_t
+	if err := syscall.Statfs(top.path(), &fs); err != nil {
+		return shortage{}, err
+	}
+	now := shortage{digest(parts...), fs.Bavail * uint64(fs.Bsize), fs.Ffree}
+	more := now.bytes > f.full.bytes+f.full.bytes/16 || now.inodes > f.full.inodes+f.full.inodes/16
+	if now.what == f.full.what && !more {
+		return now, fmt.Errorf("lay out files in %s: %w: as before, make room there", f.dir, syscall.ENOSPC)
+	}
+	return now, nil
+}
+
+// probe makes an empty stage, and tells of a file system that can't do what a publish needs.
+func (f *files) probe(top place, want tree) error {
+	ours, err := top.below(ourDir)
+	if err != nil {
+		return err
+	}
+	defer ours.close()
+
+	for _, name := range []string{"stage", "probe", "PROBE"} {
+		if err := os.RemoveAll(ours.path() + "/" + name); err != nil {
+			return err
+		}
+	}
+	err = errors.Join(syscall.Mkdirat(ours.fd, "stage", 0o700), syscall.Mkdirat(ours.fd, "probe", 0o700))
+	if err != nil {
+		return fmt.Errorf("%s/%s: %w", f.dir, stageDir, err)
+	}
+	defer syscall.Rmdir(ours.path() + "/probe")
+	if err := renameat2(ours, "stage", ours, "probe", renameExchange); err != nil {
+		return brokenError{fmt.Errorf("the file system of %s can't exchange two names (renameat2(2), "+
+			"RENAME_EXCHANGE): %w: use another mount, on ext4, xfs, btrfs or tmpfs", f.dir, err)}
+	}
+
+	if _, err := ours.lstat("PROBE"); err != nil {
+		return nil
+	}
+	if p, q := foldedTwice(want); p != "" { // the file system folds case
+		return brokenError{fmt.Errorf("the file system of %s takes %q and %q of the commit for one name", f.dir, p, q)}
+	}
+	return nil
+}
+
+// foldedTwice returns two paths that are one where case does not count, "" where there are none.
+func foldedTwice(want tree) (string, string) {
+	names := map[string]string{}
+	for _, p := range slices.Sorted(maps.Keys(want)) {
+		folded := strings.ToLower(p)
+		if other, ok := names[folded]; ok {
+			return other, p
+		}
+		names[folded] = p
+	}
+	return "", ""
+}
+
+// noted is what the manifest knows of one path: what we put there, and what lstat(2) said of it then.
+type noted struct {
+	blob
+	size         int64 // -1: not known
+	inode        uint64
+	mtime, ctime int64 // in ns; ctime 0: it may change again without another ctime, so it has to be read
+}
+
+const modeDir = "40000" // of a directory, in what is staged
+
+// note takes over what lstat(2) says.
+func (n *noted) note(st *syscall.Stat_t) {
+	n.size, n.inode = st.Size, st.Ino
+	n.mtime, n.ctime = st.Mtim.Nano(), st.Ctim.Nano()
+}
+
+// untouched says that nobody can have changed the file since it was noted.
+func (n *noted) untouched(st *syscall.Stat_t) bool {
+	same := n.inode == st.Ino && n.size == st.Size
+	return same && n.mtime == st.Mtim.Nano() && n.ctime == st.Ctim.Nano()
+}
+
+// kind returns the type bits of a mode that stat(2) has for the blob.
+func (n *noted) kind() uint32 {
+	switch n.mode {
+	case "120000":
+		return syscall.S_IFLNK
+	case "160000", modeDir:
+		return syscall.S_IFDIR
+	}
+	return syscall.S_IFREG
+}
+
+// manifest is what we put into a service's directory.
+type manifest struct {
+	live, next version            // next: is being made live, else zero
+	known      map[string][]noted // by path; several while next is being made live
+	paths      []string           // of known, sorted
+}
+
+// pending says that a publish was begun and not finished.
+func (m *manifest) pending() bool { return m.next != version{} }
+
+// begin returns the manifest of a publish of v.
+func (m *manifest) begin(v version, staged map[string]noted) *manifest {
+	b := &manifest{live: m.live, next: v, known: maps.Clone(m.known)}
+	for p, n := range staged {
+		if n.mode != modeDir {
+			same := func(o noted) bool { return o.blob == n.blob }
+			b.known[p] = append(slices.DeleteFunc(slices.Clone(m.known[p]), same), n)
+		}
+	}
+	b.paths = slices.Sorted(maps.Keys(b.known))
+	return b
+}
+
+// settle returns the manifest after a publish.
+func (m *manifest) settle(v version, want tree, staged map[string]noted) *manifest {
+	s := &manifest{live: v, known: make(map[string][]noted, len(want))}
+	for p, b := range want {
+		n, ok := staged[p]
+		for _, k := range m.known[p] {
+			if !ok && k.blob.id == b.id {
+				n = k
+			}
+		}
+		if n.id == "" {
+			n.size = -1
+		}
+		n.blob = b
+		s.known[p] = []noted{n}
+	}
+	s.paths = slices.Sorted(maps.Keys(s.known))
+	return s
+}
+
+// write writes the manifest, one line per path:
+//
+//	gitopper manifest 1
+//	live "606eb576..." "9c1d..."
+//	next "" ""
+//	100644 587be6b4... 12 4711 1767225600000000000 1767225600000000000 "a/b"
+//	end 9f86d081...
+func (m *manifest) write(name string) error {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "gitopper manifest 1\nlive %q %q\nnext %q %q\n",
+		m.live.Commit, m.live.Content, m.next.Commit, m.next.Content)
+	for _, p := range m.paths {
+		for _, n := range m.known[p] {
+			fmt.Fprintf(&b, "%s %s %d %d %d %d %q\n", n.mode, n.id, n.size, n.inode, n.mtime, n.ctime, p)
+		}
+	}
+	fmt.Fprintf(&b, "end %s\n", digest(b.String()))
+	return writeFile(name, b.Bytes())
+}
+
+// readManifest is an error where the manifest is missing, or not whole.
+func readManifest(name string) (*manifest, error) {
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
+	body, end, _ := strings.Cut(string(text), "\nend ")
+	if strings.TrimSpace(end) != digest(body+"\n") {
+		return nil, fmt.Errorf("%s: not whole", name)
+	}
+
+	m := &manifest{known: map[string][]noted{}}
+	lines := strings.Split(body, "\n")
+	if len(lines) < 3 || lines[0] != "gitopper manifest 1" {
+		return nil, fmt.Errorf("%s: not a manifest that this gitopper knows", name)
+	}
+	_, err1 := fmt.Sscanf(lines[1], "live %q %q", &m.live.Commit, &m.live.Content)
+	_, err2 := fmt.Sscanf(lines[2], "next %q %q", &m.next.Commit, &m.next.Content)
+	err = errors.Join(err1, err2)
+	for _, line := range lines[3:] {
+		var n noted
+		var p string
+		if err == nil {
+			_, err = fmt.Sscanf(line, "%s %s %d %d %d %d %q",
+				&n.mode, &n.id, &n.size, &n.inode, &n.mtime, &n.ctime, &p)
+		}
+		m.known[p] = append(m.known[p], n)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	m.paths = slices.Sorted(maps.Keys(m.known))
+	return m, nil
+}
+
+// load returns the manifest; one that can't be read is empty.
+func (f *files) load() *manifest {
+	if f.m == nil {
+		m, err := readManifest(f.manifest)
+		if err != nil {
+			m = &manifest{known: map[string][]noted{}}
+		}
+		f.m = m
+	}
+	return f.m
+}
+
+// live returns the version whose files are live by the manifest; zero where it is missing or torn.
+func (f *files) live() version { return f.load().live }
+
+// pending says that a publish was begun and not finished.
+func (f *files) pending() bool {
+	return f.load().pending() || lexists(f.dir+"/"+publishDir)
+}
+
+// prepare makes the directory, takes over one of an older gitopper or of another user, and throws away what a
+// killed pass staged. (What one published waits for clear.) known is what the unit was last told of: it
+// stands in for a manifest that was lost.
+func (f *files) prepare(ctx context.Context, known tree) error {
+	top, err := f.layOut()
+	if err != nil {
+		return err
+	}
+	defer top.close()
+
+	lost := f.load().live == version{} && len(f.m.known) == 0
+	if lost {
+		for p, b := range known {
+			f.m.known[p] = []noted{{blob: b, size: -1}}
+		}
+		f.m.paths = slices.Sorted(maps.Keys(f.m.known))
+	}
+	f.settled, f.staged = nil, nil
+	return os.RemoveAll(top.path() + "/" + stageDir)
+}
+
+// tree returns what is live by the manifest, for when nothing else is being made live.
+func (f *files) tree() tree {
+	t := tree{}
+	for p, known := range f.load().known {
+		t[p] = known[0].blob
+	}
+	return t
+}
+
+// wasAlien says whether what was kept had been in the way of a commit, and not put there by us.
+func (f *files) wasAlien(d diff, kept string) bool {
+	rel := strings.SplitN(strings.TrimPrefix(kept, path.Join(f.dir, editsDir)+"/"), "/", 2)
+	return len(rel) == 2 && slices.Contains(d.alien, rel[1])
+}
