@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -282,4 +284,39 @@ func showReadOnly(src place, local string) error {
 		return err
 	}
 	return mountAt("", over.path(), "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, "")
+}
+
+// readCandidate reads a file as it would be if the candidate were live.
+func (s *Service) readCandidate(c *candidate, name string) ([]byte, error) {
+	rel, err := filepath.Rel(s.files.dir, name)
+	if err != nil || strings.HasPrefix(rel, "..") {
+		return os.ReadFile(name)
+	}
+	if slices.Contains(c.diff.gone, rel) {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist}
+	}
+	top, err := openOwn(s.files.dir)
+	if err != nil {
+		return nil, err
+	}
+	defer top.close()
+	p, err := top.below(stageDir + "/" + rel)
+	if err != nil {
+		p, err = top.below(rel)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer p.close()
+	st, err := p.stat()
+	isFile := st.Mode&syscall.S_IFMT == syscall.S_IFREG
+	if err != nil || !isFile {
+		return nil, cmp.Or(err, fmt.Errorf("%s: not a regular file", name))
+	}
+	f, err := os.Open(p.path())
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, 1<<20))
 }

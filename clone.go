@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -119,18 +120,21 @@ func (u *upstream) canFilter(ctx context.Context, a account) (bool, error) {
 	return false, err
 }
 
-// probe returns an error if a tip that should be in the clone is not: it costs one git.
+// probe returns an error if a tip that should be in the clone is not, or a commit that it descends from, without which
+// git can't fetch: it costs two gits.
 func (u *upstream) probe(ctx context.Context) error {
 	o, err := u.open(ctx)
 	if err != nil {
 		return nil
 	}
 	defer o.close()
+	args := []string{"rev-list", "--quiet"}
 	for branch := range u.looks {
 		tip := u.looked(branch).tip
 		if tip == "" {
 			continue
 		}
+		args = append(args, tip)
 		w := o.walk(tip)
 		err := w.root()
 		if err == nil {
@@ -142,6 +146,17 @@ func (u *upstream) probe(ctx context.Context) error {
 		if errors.As(err, &damaged{}) {
 			return err
 		}
+	}
+
+	if len(args) == 2 {
+		return nil
+	}
+	a, err := u.account(ctx)
+	if err == nil {
+		_, err = runGit(ctx, "rev-list", u.reader(a, args...), fetchLimit)
+	}
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.Exited() {
+		return damaged{err}
 	}
 	return nil
 }

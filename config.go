@@ -210,15 +210,15 @@ func placed(text string, err error) error {
 	if !errors.As(err, &perr) {
 		return err
 	}
-	at := min(perr.Position.Start, len(text))
-	end := min(at+perr.Position.Len, len(text))
+	at := max(0, min(perr.Position.Start, len(text)))
+	end := max(at, min(at+perr.Position.Len, len(text)))
 	switch m := perr.Message; {
 	case strings.Contains(m, "EOF"), strings.Contains(m, "end of file"), strings.Contains(m, `'\x00' instead`):
 		perr.Message = strings.Replace(m, `'\x00' instead`, "end of file", 1)
 		at = len(strings.TrimRight(text, "\r\n"))
 	case strings.HasSuffix(m, " instead"):
 		_, size := utf8.DecodeLastRuneInString(text[at:end])
-		at = end - size
+		at = max(0, end-size)
 	}
 
 	before := text[:at]

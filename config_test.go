@@ -177,6 +177,7 @@ user = ""
 
 func FuzzLoadConfig(f *testing.F) {
 	f.Add("[global]\nupstream = \"/u\"\nmount = \"/m\"\nkeys = [{path = \"/k\"}]\n[[services]]\nmachine = \"m\"\nservice = \"s\"\ndirs = [{local = \"/l\", link = \"a/b\"}]\n")
+	f.Add("\x7f")
 	f.Add("services = 3\n[global]\nkeys = {}\n")
 	f.Fuzz(func(t *testing.T, text string) {
 		o := options{config: "/c", names: []string{"m"}, stateDir: "/var/lib/gitopper"}

@@ -411,19 +411,6 @@ func (f *files) probe(top place, want tree) error {
 	return nil
 }
 
-// foldedTwice returns two paths that are one where case does not count, "" where there are none.
-func foldedTwice(want tree) (string, string) {
-	names := map[string]string{}
-	for _, p := range slices.Sorted(maps.Keys(want)) {
-		folded := strings.ToLower(p)
-		if other, ok := names[folded]; ok {
-			return other, p
-		}
-		names[folded] = p
-	}
-	return "", ""
-}
-
 // noted is what the manifest knows of one path: what we put there, and what lstat(2) said of it then.
 type noted struct {
 	blob

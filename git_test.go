@@ -31,7 +31,9 @@ func newGitWorld(t *testing.T, init ...string) *gitWorld {
 	w.work = w.dir + "/src"
 	for p := w.work; p != "/"; p = filepath.Dir(p) { // so that nobody can come here
 		_ = os.Mkdir(p, 0o755)
-		_ = os.Chmod(p, 0o755|os.ModeSticky)
+		if fi, err := os.Stat(p); err == nil && fi.Mode()&0o005 != 0o005 {
+			_ = os.Chmod(p, fi.Mode()|0o005)
+		}
 	}
 	w.git(append([]string{"init", "-q", "-b", "main"}, init...)...)
 	w.git("config", "uploadpack.allowFilter", "true")
@@ -535,6 +537,15 @@ func TestGitDamageHeals(t *testing.T) {
 		{"lock", spoil("/fetch/packed-refs.lock", "")},
 		{"others can write", func(w *gitWorld) error { return os.Chmod(w.u.dir+"/fetch", 0o777) }},
 		{"another's objects", func(w *gitWorld) error { return os.Chown(w.u.objectsDir(), 65534, 65534) }},
+		{"history lost", func(w *gitWorld) error {
+			before, err := filepath.Glob(w.u.dir + "/objects/*/*")
+			w.commit("etc/app.conf", "more\n")
+			w.look()
+			for _, name := range before {
+				err = errors.Join(err, os.Remove(name))
+			}
+			return err
+		}},
 		{"torn pack", func(w *gitWorld) error {
 			names, err := filepath.Glob(w.u.dir + "/objects/pack/*.pack")
 			for _, name := range names {
@@ -852,12 +863,12 @@ func TestGitLimits(t *testing.T) {
 	w.look()
 	w.commit("etc/app.conf", "two\n")
 	runs := w.counting(`case "$*" in *"fetch -q"*) ulimit -f 0;; esac`)
-	for i, want := range []int{3, 1, 1} {
+	for i, want := range []int{4, 1, 1} {
 		if err := w.u.lookNow(t.Context(), false); err == nil || len(runs()) != want {
 			t.Errorf("%d: %v", i, err)
 		}
 	}
-	if err := w.u.lookNow(t.Context(), true); err == nil || len(runs()) != 3 {
+	if err := w.u.lookNow(t.Context(), true); err == nil || len(runs()) != 4 {
 		t.Errorf("%v", err)
 	}
 }

@@ -47,8 +47,8 @@ func waitServed(t *testing.T, port int, want string) {
 	})
 }
 
-// watchFile reads a file of the host in a tight loop until the returned function is called, which returns how many
-// reads there were and the first of those that ok refused.
+// watchFile reads a file of the host in a tight loop until the returned function is called, which returns
+// how many reads there were and the first of those that ok refused.
 func (l *labHost) watchFile(path string, ok func(content string) bool) (stop func() (reads int, bad string)) {
 	path = filepath.Join(l.fs.Name(), path)
 	done, result := make(chan struct{}), make(chan string, 1)
@@ -64,7 +64,8 @@ func (l *labHost) watchFile(path string, ok func(content string) bool) (stop fun
 			}
 			b, err := os.ReadFile(path)
 			if (err != nil || !ok(string(b))) && bad == "" {
-				bad = fmt.Sprintf("%s: read %d: error %v, %d bytes: %.40q ... %.40q", path, reads, err, len(b), b, b[max(0, len(b)-40):])
+				bad = fmt.Sprintf("%s: read %d: error %v, %d bytes: %.40q ... %.40q", path, reads, err,
+					len(b), b, b[max(0, len(b)-40):])
 			}
 		}
 	}()
@@ -81,7 +82,8 @@ func TestLabReadersFindWholeFiles(t *testing.T) {
 	l, u := newLab(t), newLabUpstream(t)
 	port := labPort()
 	push := func(version int) {
-		u.commit(map[string]string{"nginx/nginx.conf": nginxConf(version), "nginx/conf.d/site.conf": nginxSite(port, version)})
+		u.commit(map[string]string{"nginx/nginx.conf": nginxConf(version),
+			"nginx/conf.d/site.conf": nginxSite(port, version)})
 	}
 	push(0)
 	l.configure(u, labPages+"action = \"reload\"\nsettle = \"1ms\"\n")
@@ -177,8 +179,8 @@ dirs = [ { local = "/etc/app/dir", link = "app" }, { local = "/etc/app/file", li
 	l.waitFile("/run/app.seen", "version 1\n")
 
 	moments := labMoments(t, 0)
-	// What is under way from the start of the daemon to some time after the commit's unit was told is to be met, however
-	// slow this machine is today.
+	// What is under way from the start of the daemon to some time after the commit's unit was told is to be
+	// met, however slow this machine is today.
 	push()
 	l.kill()
 	start := time.Now()
@@ -211,7 +213,8 @@ dirs = [ { local = "/etc/app/dir", link = "app" }, { local = "/etc/app/file", li
 	if got := l.run("find", checkout+"/.git", "-name", "*.lock"); got != "" {
 		t.Errorf("locks left: %s", got)
 	}
-	if got, want := l.run("ls", checkout+"/app/new"), u.run("ls-tree", "--name-only", "HEAD:app/new"); got != want {
+	if got, want := l.run("ls", checkout+"/app/new"), u.run("ls-tree", "--name-only",
+		"HEAD:app/new"); got != want {
 		t.Errorf("files: %q, want %q", got, want)
 	}
 	want := []string{"/etc/app/dir: " + checkout + "/app", "/etc/app/file: " + checkout + "/app/file"}

@@ -26,12 +26,13 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// The tests in this file and in lab_trial_test.go look at gitopper from outside: the binary runs as a systemd unit on
-// a throw-away host (testdata/lab), and what it did is read from /proc/1/mountinfo, from the units themselves and
-// over their own interfaces, not from its log. They need root, and skip with the reason where no lab can boot.
+// The tests in this file and in lab_trial_test.go look at gitopper from outside: the binary runs as a
+// systemd unit on a throw-away host (testdata/lab), and what it did is read from /proc/1/mountinfo, from
+// the units themselves and over their own interfaces, not from its log. They need root, and skip with the
+// reason where no lab can boot.
 
-// labShared is what all lab tests of one run use: the directory of the labs, the binary, and a stopped host with the
-// packages of Debian that most tests manage, on whose disk the other hosts are built.
+// labShared is what all lab tests of one run use: the directory of the labs, the binary, and a stopped host
+// with the packages of Debian that most tests manage, on whose disk the other hosts are built.
 var labShared struct {
 	mu    sync.Mutex
 	users int
@@ -51,8 +52,9 @@ type labHost struct {
 	key        string // private key (on this machine) of the operator that the config written by configure lets in
 }
 
-// newLab boots a host that has nginx and prometheus, neither of them enabled, and gitopper in /usr/local/bin. The
-// calling test runs in parallel with the other lab tests from there on: they mostly wait.
+// newLab boots a host that has nginx and prometheus, neither of them enabled, and gitopper in
+// /usr/local/bin. The calling test runs in parallel with the other lab tests from there on: they mostly
+// wait.
 func newLab(t *testing.T) *labHost {
 	t.Helper()
 	return bootLab(t, "base")
@@ -69,7 +71,9 @@ func bootLab(t *testing.T, base string) *labHost {
 	if testing.Short() {
 		t.Skip("a lab host takes a while, and this is -short")
 	}
-	if os.Geteuid() != 0 {
+	// In a user namespace everybody may be root, but not of this machine.
+	users, _ := os.ReadFile("/proc/self/uid_map")
+	if strings.Join(strings.Fields(string(users)), " ") != "0 0 4294967295" || os.Geteuid() != 0 {
 		t.Skip("a lab host needs root")
 	}
 	s := &labShared
@@ -83,8 +87,8 @@ func bootLab(t *testing.T, base string) *labHost {
 	}
 	s.mu.Unlock()
 	t.Cleanup(releaseLab)
-	// Only now: each lab test has come here before the first of them goes on, so what they share is made once and
-	// the last of them, whichever that is, takes it away.
+	// Only now: each lab test has come here before the first of them goes on, so what they share is made
+	// once and the last of them, whichever that is, takes it away.
 	t.Parallel()
 
 	s.binary.Do(func() {
@@ -198,8 +202,8 @@ func labRun(t testing.TB, name string, args ...string) string {
 
 var labPorts atomic.Int32
 
-// labPort returns a port that is free on this machine, whose network the labs share. It is below those that the
-// kernel gives to clients, and never given twice.
+// labPort returns a port that is free on this machine, whose network the labs share. It is below those that
+// the kernel gives to clients, and never given twice.
 func labPort() int {
 	for {
 		port := 20000 + (os.Getpid()*37+int(labPorts.Add(1)))%12000
@@ -307,8 +311,8 @@ func (l *labHost) unit(name, text string) {
 	l.run("systemctl", "daemon-reload")
 }
 
-// witness makes a service that copies file to /run/NAME.seen when it starts and when it is reloaded, and keeps a
-// line for each of these in /run/NAME.calls. More may hold further settings of its [Service].
+// witness makes a service that copies file to /run/NAME.seen when it starts and when it is reloaded, and
+// keeps a line for each of these in /run/NAME.calls. More may hold further settings of its [Service].
 func (l *labHost) witness(name, file, more string) {
 	l.t.Helper()
 	l.write("/usr/local/bin/witness", `#!/bin/sh
@@ -347,7 +351,8 @@ func (l *labHost) configure(upstream *labUpstream, body string) {
 	l.write("/etc/gitopper/config.toml", l.configText(upstream, body))
 }
 
-// start makes gitopper the unit that it wants to be, with short waits, and starts it: systemctl returns when it is READY.
+// start makes gitopper the unit that it wants to be, with short waits, and starts it: systemctl returns
+// when it is READY.
 func (l *labHost) start(options ...string) {
 	l.t.Helper()
 	l.write("/etc/systemd/system/gitopper.service", l.run("/usr/local/bin/gitopper", "--unit")+"\n")
@@ -488,7 +493,8 @@ func (l *labHost) waitCommit(service, hash string) {
 		state, ok := samples[fmt.Sprintf("gitopper_service_state{service=%q}", service)]
 		var info []string
 		for sample := range maps.Keys(samples) {
-			if strings.HasPrefix(sample, "gitopper_service_info{") && strings.Contains(sample, fmt.Sprintf("service=%q", service)) {
+			if strings.HasPrefix(sample, "gitopper_service_info{") &&
+				strings.Contains(sample, fmt.Sprintf("service=%q", service)) {
 				info = append(info, sample)
 			}
 		}
@@ -552,8 +558,8 @@ func labGet(url string) (string, error) {
 	return string(b), err
 }
 
-// labMoments is what decides when something happens in a test: by chance, but as before with LAB_SEED. Tests differ
-// in their stream.
+// labMoments is what decides when something happens in a test: by chance, but as before with LAB_SEED.
+// Tests differ in their stream.
 func labMoments(t *testing.T, stream uint64) *rand.Rand {
 	t.Helper()
 	seed := uint64(time.Now().UnixNano())
@@ -576,7 +582,8 @@ type labUpstream struct {
 func newLabUpstream(t *testing.T) *labUpstream {
 	t.Helper()
 	dir := t.TempDir()
-	u := &labUpstream{t: t, git: filepath.Join(dir, "config.git"), tree: filepath.Join(dir, "tree"), port: labPort()}
+	u := &labUpstream{t: t, git: filepath.Join(dir, "config.git"), tree: filepath.Join(dir, "tree"),
+		port: labPort()}
 	labRun(t, "git", "init", "-q", "--bare", "-b", "main", u.git)
 	if err := os.Mkdir(u.tree, 0o755); err != nil {
 		t.Fatal(err)
@@ -595,7 +602,8 @@ func (u *labUpstream) url() string { return fmt.Sprintf("http://127.0.0.1:%d/con
 func (u *labUpstream) start() {
 	u.t.Helper()
 	exec := labRun(u.t, "git", "--exec-path")
-	handler := &cgi.Handler{Path: exec + "/git-http-backend", Env: []string{"GIT_PROJECT_ROOT=" + filepath.Dir(u.git), "GIT_HTTP_EXPORT_ALL=1"}, Stderr: io.Discard}
+	handler := &cgi.Handler{Path: exec + "/git-http-backend",
+		Env: []string{"GIT_PROJECT_ROOT=" + filepath.Dir(u.git), "GIT_HTTP_EXPORT_ALL=1"}, Stderr: io.Discard}
 	u.server = &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasSuffix(r.URL.Path, "/info/refs") {
 			u.looks.Add(1)
@@ -621,7 +629,8 @@ func (u *labUpstream) run(args ...string) string {
 	u.t.Helper()
 	cmd := exec.Command("git", args...)
 	cmd.Dir = u.tree
-	cmd.Env = append(os.Environ(), "GIT_DIR="+u.git, "GIT_WORK_TREE="+u.tree, "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1",
+	cmd.Env = append(os.Environ(), "GIT_DIR="+u.git, "GIT_WORK_TREE="+u.tree, "GIT_CONFIG_GLOBAL=/dev/null",
+		"GIT_CONFIG_NOSYSTEM=1",
 		"GIT_AUTHOR_NAME=lab", "GIT_AUTHOR_EMAIL=lab@example.org", "GIT_COMMITTER_NAME=lab", "GIT_COMMITTER_EMAIL=lab@example.org")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
@@ -633,8 +642,8 @@ func (u *labUpstream) run(args ...string) string {
 // labGone as a file's content takes the file away.
 const labGone = "\x00gone"
 
-// commit writes files, commits them to main (which can then be fetched) and returns the commit's hash. Options are
-// git's, for signing.
+// commit writes files, commits them to main (which can then be fetched) and returns the commit's hash.
+// Options are git's, for signing.
 func (u *labUpstream) commit(files map[string]string, options ...string) string {
 	u.t.Helper()
 	for path, content := range files {
@@ -650,6 +659,7 @@ func (u *labUpstream) commit(files map[string]string, options ...string) string 
 		}
 	}
 	u.run("add", "-A")
-	u.run(append(options, "commit", "-q", "--allow-empty", "-m", strings.Join(slices.Sorted(maps.Keys(files)), " "))...)
+	u.run(append(options, "commit", "-q", "--allow-empty", "-m",
+		strings.Join(slices.Sorted(maps.Keys(files)), " "))...)
 	return u.run("rev-parse", "HEAD")
 }

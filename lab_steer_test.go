@@ -20,7 +20,8 @@ func (l *labHost) ctl(args ...string) (string, error) {
 	}
 	l.write("/root/operator", string(key))
 	l.run("chmod", "600", "/root/operator")
-	return l.try(append([]string{"gitopper", "ctl", "-i", "/root/operator", "-p", strconv.Itoa(l.sshPort)}, args...)...)
+	return l.try(append([]string{"gitopper", "ctl", "-i", "/root/operator", "-p", strconv.Itoa(l.sshPort)},
+		args...)...)
 }
 
 // A rollback with upstream away is whole when the command returns, and outlives a restart and a reboot.
@@ -52,11 +53,13 @@ dirs = [ { local = "/srv/app", link = "app" } ]
 			t.Errorf("%s: the unit saw %q", when, got)
 		}
 		s, err := l.status("app")
-		if err != nil || s.State != "FREEZE" || !strings.HasPrefix(s.StateInfo, "ROLLBACK: "+first[:8]) || s.Hash != first[:8] {
+		if err != nil || s.State != "FREEZE" || !strings.HasPrefix(s.StateInfo, "ROLLBACK: "+first[:8]) ||
+			s.Hash != first[:8] {
 			t.Errorf("%s: %+v, %v", when, s, err)
 		}
 	}
-	if out, err := l.ctl("do", "rollback", "@127.0.0.1", "app", first[:7]); err != nil || !strings.Contains(out, "ROLLBACK: "+first[:8]) {
+	if out, err := l.ctl("do", "rollback", "@127.0.0.1", "app", first[:7]); err != nil ||
+		!strings.Contains(out, "ROLLBACK: "+first[:8]) {
 		t.Fatalf("rollback: %v\n%s", err, out)
 	}
 	right("when the command returns")
@@ -68,7 +71,8 @@ dirs = [ { local = "/srv/app", link = "app" } ]
 	l.waitFile("/run/app.seen", "1\n")
 	right("after a reboot")
 	u.start()
-	if out, err := l.ctl("do", "unfreeze", "@127.0.0.1", "app"); err != nil || !strings.Contains(out, second[:8]) || !strings.Contains(out, "OK") {
+	if out, err := l.ctl("do", "unfreeze", "@127.0.0.1", "app"); err != nil ||
+		!strings.Contains(out, second[:8]) || !strings.Contains(out, "OK") {
 		t.Errorf("unfreeze: %v\n%s", err, out)
 	}
 	if got := l.read("/srv/app/conf") + l.read("/run/app.seen"); got != "2\n2\n" {
@@ -90,7 +94,8 @@ dirs = [ { local = "/srv/app", link = "app" } ]
 	l.waitState("app", "OK")
 }
 
-// 2,000 idle connections and 200 slow handshakes keep neither an operator out nor a commit back, with 1024 descriptors.
+// 2,000 idle connections and 200 slow handshakes keep neither an operator out nor a commit back, with 1024
+// descriptors.
 func TestLabFlood(t *testing.T) {
 	l, u := newLab(t), newLabUpstream(t)
 	l.witness("app", "/srv/app/conf", "")
@@ -156,13 +161,16 @@ dirs = [ { local = "/srv/app", link = "app" } ]
 	l.waitCommit("app", hash)
 	known := t.TempDir() + "/known"
 	client := func(args ...string) (string, error) {
-		args = append([]string{"-F", "/dev/null", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new", "-o", "LogLevel=ERROR", "-o", "UserKnownHostsFile=" + known, "-i", l.key, "-p", strconv.Itoa(l.sshPort), "127.0.0.1"}, args...)
+		args = append([]string{"-F", "/dev/null", "-o", "BatchMode=yes", "-o",
+			"StrictHostKeyChecking=accept-new", "-o", "LogLevel=ERROR", "-o", "UserKnownHostsFile=" +
+				known, "-i", l.key, "-p", strconv.Itoa(l.sshPort), "127.0.0.1"}, args...)
 		out, err := exec.Command("ssh", args...).CombinedOutput()
 		return string(out), err
 	}
 	for _, tc := range []struct{ command, want string }{
 		{"/list/machine", `{"machines":[{"machine":"lab","actual":"`},
-		{"/list/service", `{"services":[{"service":"app","hash":"` + hash[:8] + `","state":"OK","stateinfo":"","change":"`},
+		{"/list/service", `{"services":[{"service":"app","hash":"` + hash[:8] +
+			`","state":"OK","stateinfo":"","change":"`},
 		{"/list/service app", `"service":"app"`},
 		{"/do/freeze app 1h a reason", `"state":"FREEZE","stateinfo":"operator@lab (`},
 		{"/do/unfreeze app", `"state":"OK"`},

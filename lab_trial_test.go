@@ -10,7 +10,8 @@ import (
 	"time"
 )
 
-// Bad commits against real nginx and Prometheus: what is refused before it goes live, and what is taken back after.
+// Bad commits against real nginx and Prometheus: what is refused before it goes live, and what is taken
+// back after.
 
 // pagesOn is a site that answers with a text, and nginx's main file for it.
 func pagesOn(port int, text string) map[string]string {
@@ -31,7 +32,8 @@ func served(t *testing.T, port int, want string) {
 // refused is how many commits of a service were refused for this reason.
 func (l *labHost) refused(service, reason string) int {
 	l.t.Helper()
-	return int(l.metric("gitopper_service_refused_total", fmt.Sprintf("service=%q", service), fmt.Sprintf("reason=%q", reason)))
+	return int(l.metric("gitopper_service_refused_total", fmt.Sprintf("service=%q", service),
+		fmt.Sprintf("reason=%q", reason)))
 }
 
 // actions is how often a unit was acted on.
@@ -40,7 +42,8 @@ func (l *labHost) actions(service string) int {
 	return int(l.metric("gitopper_service_actions_total", fmt.Sprintf("service=%q", service)))
 }
 
-// What nginx -t refuses is never seen by anybody, and the info has nginx's words; the next commit is live at once.
+// What nginx -t refuses is never seen by anybody, and the info has nginx's words; the next commit is live
+// at once.
 func TestLabTrialSyntaxErrorChangesNothing(t *testing.T) {
 	l, u := newLab(t), newLabUpstream(t)
 	port := labPort()
@@ -55,13 +58,16 @@ settle = "200ms"
 	l.waitState("nginx", "OK")
 	mounts, actions := l.mounts("/etc/nginx"), l.actions("nginx")
 
-	site := l.watchFile("/etc/nginx/conf.d/site.conf", func(content string) bool { return content == good["nginx/conf.d/site.conf"] })
-	main := l.watchFile("/etc/nginx/nginx.conf", func(content string) bool { return content == good["nginx/nginx.conf"] })
+	site := l.watchFile("/etc/nginx/conf.d/site.conf",
+		func(content string) bool { return content == good["nginx/conf.d/site.conf"] })
+	main := l.watchFile("/etc/nginx/nginx.conf",
+		func(content string) bool { return content == good["nginx/nginx.conf"] })
 	bad := u.commit(map[string]string{"nginx/conf.d/site.conf": fmt.Sprintf("server {\n\tlsten 127.0.0.1:%d;\n}\n", port)})
 	l.waitState("nginx", "DIFF", bad[:8], `unknown directive "lsten"`, "/etc/nginx/conf.d/site.conf:2")
 	l.waitRounds(u, 2)
 	// In the other of the two links.
-	bad = u.commit(map[string]string{"nginx/conf.d/site.conf": good["nginx/conf.d/site.conf"], "nginx/nginx.conf": "evnts {}\n"})
+	bad = u.commit(map[string]string{"nginx/conf.d/site.conf": good["nginx/conf.d/site.conf"],
+		"nginx/nginx.conf": "evnts {}\n"})
 	l.waitState("nginx", "DIFF", bad[:8], `unknown directive "evnts"`, "/etc/nginx/nginx.conf:1")
 	l.waitRounds(u, 2)
 	for _, stop := range []func() (int, string){site, main} {
@@ -85,7 +91,8 @@ settle = "200ms"
 	l.waitCommit("nginx", fixed)
 }
 
-// A check of files that name each other by absolute path sees the candidate's, and a check that is changed is asked again.
+// A check of files that name each other by absolute path sees the candidate's, and a check that is changed
+// is asked again.
 func TestLabTrialCheckSeesCandidate(t *testing.T) {
 	l, u := newLab(t), newLabUpstream(t)
 	api := l.labPrometheus()
@@ -131,7 +138,8 @@ dirs = [ { local = "/etc/prometheus", link = "prometheus/etc" } ]
 	}
 
 	// What is not in Git, but lies there, belongs to what is judged; what the commit deletes does not.
-	u.commit(map[string]string{"prometheus/etc/rules/README.md": "", "prometheus/etc/prometheus.yml": "global: {external_labels: {rollout: r3}}\nrule_files: [/etc/prometheus/rules/two.yml]\n"})
+	u.commit(map[string]string{"prometheus/etc/rules/README.md": "",
+		"prometheus/etc/prometheus.yml": "global: {external_labels: {rollout: r3}}\nrule_files: [/etc/prometheus/rules/two.yml]\n"})
 	prometheusLoaded(t, api, "rollout: r3")
 	l.write("/etc/prometheus/local", "untracked")
 	config(`["sh", "-c", "test -e /etc/prometheus/local && ! test -e /etc/prometheus/rules/two.yml && ! touch /etc/prometheus/x; echo 'a \"quoted\" reason'; exit 1"]`)
@@ -153,14 +161,16 @@ func TestLabTrialBrokenUnitFallsBack(t *testing.T) {
 	l := newLab(t)
 	api := l.labPrometheus()
 	port := map[string]int{"restart": labPort(), "reload": labPort()}
-	// Three real units, so that three commits can be on trial side by side. The second nginx is Debian's under another name.
+	// Three real units, so that three commits can be on trial side by side. The second nginx is Debian's
+	// under another name.
 	l.run("sh", "-c", `sed 's|/run/nginx.pid|/run/nginx2.pid|g; s|nginx -|nginx -c /etc/nginx2/nginx.conf -|g' /lib/systemd/system/nginx.service >/etc/systemd/system/nginx2.service`)
 	l.run("systemctl", "daemon-reload")
 	site := func(dir string, port int, text, more string) map[string]string {
 		return map[string]string{dir + "/nginx.conf": fmt.Sprintf("pid /run/%s.pid;\nevents {}\nhttp { server { listen 127.0.0.1:%d; location / { return 200 %s; } } }\n%s", dir, port, text, more)}
 	}
 	prometheus := func(label, more string) map[string]string {
-		return map[string]string{"prometheus/prometheus.yml": "global: {external_labels: {rollout: " + label + "}}\n" + more}
+		return map[string]string{"prometheus/prometheus.yml": "global: {external_labels: {rollout: " + label +
+			"}}\n" + more}
 	}
 	serves := func(port int) func() string {
 		return func() string {
@@ -181,17 +191,20 @@ func TestLabTrialBrokenUnitFallsBack(t *testing.T) {
 	}{
 		{
 			name: "crashes at start", service: "nginx", action: "restart",
-			good: site("nginx", port["restart"], "good", ""), bad: site("nginx", port["restart"], "bad", "nonsense;"), fixed: site("nginx", port["restart"], "fixed", ""),
+			good: site("nginx", port["restart"], "good", ""), bad: site("nginx", port["restart"], "bad",
+				"nonsense;"), fixed: site("nginx", port["restart"], "fixed", ""),
 			file: "/etc/nginx/nginx.conf", serves: serves(port["restart"]), wantGood: "good", wantFixed: "fixed",
 		},
 		{
 			name: "reload fails", service: "nginx2", action: "reload",
-			good: site("nginx2", port["reload"], "good", ""), bad: site("nginx2", port["reload"], "bad", "nonsense;"), fixed: site("nginx2", port["reload"], "fixed", ""),
+			good: site("nginx2", port["reload"], "good", ""), bad: site("nginx2", port["reload"], "bad",
+				"nonsense;"), fixed: site("nginx2", port["reload"], "fixed", ""),
 			file: "/etc/nginx2/nginx.conf", serves: serves(port["reload"]), wantGood: "good", wantFixed: "fixed",
 		},
 		{
 			name: "crash-loops", service: "prometheus", action: "restart",
-			good: prometheus("good", ""), bad: prometheus("bad", "nonsense: 1\n"), fixed: prometheus("fixed", ""),
+			good: prometheus("good", ""), bad: prometheus("bad", "nonsense: 1\n"), fixed: prometheus("fixed",
+				""),
 			file: "/etc/prometheus/prometheus.yml",
 			serves: func() string {
 				got, err := labGet(api + "/api/v1/status/config")
@@ -290,7 +303,8 @@ func TestLabTrialBrokenUnitFallsBack(t *testing.T) {
 	}
 }
 
-// Killed in the middle of a trial or of taking it back, and rebooted in the middle: the unit ends on the good files.
+// Killed in the middle of a trial or of taking it back, and rebooted in the middle: the unit ends on the
+// good files.
 func TestLabTrialFallbackSurvivesKills(t *testing.T) {
 	const kills = 20
 	l, u := newLab(t), newLabUpstream(t)
@@ -343,12 +357,14 @@ func TestLabTrialFallbackSurvivesKills(t *testing.T) {
 	served(t, port, "fixed")
 }
 
-// When the last good commit fails as well, nothing flaps; and when the cause is gone, the new commit is what runs.
+// When the last good commit fails as well, nothing flaps; and when the cause is gone, the new commit is
+// what runs.
 func TestLabTrialLastGoodFailsToo(t *testing.T) {
 	l, u := newLab(t), newLabUpstream(t)
 	port := labPort()
 	u.commit(pagesOn(port, "one"))
-	l.write("/etc/systemd/system/nginx.service.d/starts.conf", "[Service]\nExecStartPre=sh -c \"echo start >>/run/nginx.starts\"\n")
+	l.write("/etc/systemd/system/nginx.service.d/starts.conf",
+		"[Service]\nExecStartPre=sh -c \"echo start >>/run/nginx.starts\"\n")
 	l.configure(u, labPages+"action = \"restart\"\nsettle = \"500ms\"\n")
 	l.start("-t", "1s")
 	waitServed(t, port, "one")
@@ -357,7 +373,8 @@ func TestLabTrialLastGoodFailsToo(t *testing.T) {
 	// An administrator tries something with the port.
 	l.run("systemctl", "stop", "nginx")
 	l.waitState("nginx", "BROKEN")
-	l.run("systemd-run", "-q", "--unit=thief", "git", "daemon", "--listen=127.0.0.1", fmt.Sprint("--port=", port), "--export-all", "--base-path=/srv", "--reuseaddr")
+	l.run("systemd-run", "-q", "--unit=thief", "git", "daemon", "--listen=127.0.0.1",
+		fmt.Sprint("--port=", port), "--export-all", "--base-path=/srv", "--reuseaddr")
 	labWait(t, time.Minute, "the port is taken", func() error {
 		_, err := l.try("bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/127.0.0.1/%d", port))
 		return err
@@ -395,10 +412,12 @@ func TestLabTrialHostileChecks(t *testing.T) {
 	}{
 		// The limit of a minute is part of the contract.
 		{name: "hangs", script: "sleep 7771", state: "DIFF", info: []string{"1m"}},
-		{name: "hangs-deaf", script: "trap '' TERM; setsid sleep 7772 & while :; do sleep 7773; done", state: "DIFF", info: []string{"1m"}},
+		{name: "hangs-deaf", script: "trap '' TERM; setsid sleep 7772 & while :; do sleep 7773; done",
+			state: "DIFF", info: []string{"1m"}},
 		{name: "forks", script: "setsid sh -c 'sleep 7774' </dev/null >/dev/null 2>&1 &", state: "OK"},
 		{name: "forks-loud", script: "setsid sh -c 'sleep 7775' &", state: "OK"},
-		{name: "floods", script: "yes flood | head -c 300M; echo the end >&2; exit 1", state: "DIFF", info: []string{"the end"}},
+		{name: "floods", script: "yes flood | head -c 300M; echo the end >&2; exit 1", state: "DIFF",
+			info: []string{"the end"}},
 		{name: "deletes", script: "rm -rf /srv/deletes/dir/* /srv/deletes/file; echo x >/srv/deletes/dir/conf; echo x >/srv/deletes/file; echo tried; exit 1", state: "DIFF", info: []string{"tried"}},
 		{name: "mounts", script: "mount -t tmpfs tmpfs /opt; mkdir /opt/of-a-check; mount --bind /opt /srv/mounts/dir; exit 1", state: "DIFF"},
 	}
@@ -406,7 +425,8 @@ func TestLabTrialHostileChecks(t *testing.T) {
 	for _, tt := range tests {
 		files[tt.name+"/conf"], files[tt.name+"/file"] = good, good
 		// The first commit passes.
-		l.write("/usr/local/bin/check-"+tt.name, fmt.Sprintf("#!/bin/sh\ngrep -q good /srv/%s/dir/conf && exit 0\n%s\n", tt.name, tt.script))
+		l.write("/usr/local/bin/check-"+tt.name,
+			fmt.Sprintf("#!/bin/sh\ngrep -q good /srv/%s/dir/conf && exit 0\n%s\n", tt.name, tt.script))
 		l.witness(tt.name, "/srv/"+tt.name+"/dir/conf", "")
 		config += fmt.Sprintf(`
 [[services]]
@@ -458,7 +478,8 @@ dirs = [ { local = "/srv/%[1]s/dir", link = "%[1]s" }, { local = "/srv/%[1]s/fil
 		if tt.state == "OK" {
 			want = bad
 		}
-		for _, file := range []string{"/srv/" + tt.name + "/dir/conf", "/srv/" + tt.name + "/file", labCheckouts + "/" + tt.name + "/" + tt.name + "/conf"} {
+		for _, file := range []string{"/srv/" + tt.name + "/dir/conf", "/srv/" + tt.name + "/file",
+			labCheckouts + "/" + tt.name + "/" + tt.name + "/conf"} {
 			l.waitFile(file, want)
 		}
 		if tt.state != "OK" {
@@ -495,7 +516,8 @@ dirs = [ { local = "/srv/%[1]s/dir", link = "%[1]s" }, { local = "/srv/%[1]s/fil
 	}
 }
 
-// A commit elsewhere, on top of a refused one, is not judged again; a fix is live at once; do pull tries anyway.
+// A commit elsewhere, on top of a refused one, is not judged again; a fix is live at once; do pull tries
+// anyway.
 func TestLabTrialElsewhereIsNotTried(t *testing.T) {
 	l, u := newLab(t), newLabUpstream(t)
 	l.write("/usr/local/bin/judge", "#!/bin/sh\necho judged >>/run/judged\ncat /srv/app/conf\n! grep -q bad /srv/app/conf\n")
@@ -545,8 +567,8 @@ dirs = [ { local = "/srv/app", link = "app" } ]
 	l.waitFile("/run/app.seen", "fine\n")
 }
 
-// A unit that dies after it has settled, or that an administrator stops, is reported; no file is changed for it, and
-// nothing is started.
+// A unit that dies after it has settled, or that an administrator stops, is reported; no file is changed
+// for it, and nothing is started.
 func TestLabTrialLaterTroubleChangesNoFiles(t *testing.T) {
 	l, u := newLab(t), newLabUpstream(t)
 	l.witness("app", "/srv/app/conf", "")
@@ -604,7 +626,8 @@ func TestLabTrialSigners(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		sign[name] = []string{"-c", "gpg.format=ssh", "-c", "user.signingKey=" + key, "-c", "commit.gpgSign=true"}
+		sign[name] = []string{"-c", "gpg.format=ssh", "-c", "user.signingKey=" + key, "-c",
+			"commit.gpgSign=true"}
 		switch name {
 		case "expired":
 			signers += name + `@lab namespaces="git",valid-before="20200101" ` + string(pub)
@@ -618,14 +641,16 @@ func TestLabTrialSigners(t *testing.T) {
 		t.Fatal(err)
 	}
 	gpg := filepath.Join(dir, "gpg")
-	if err := os.WriteFile(gpg, []byte("#!/bin/sh\nexec gpg --homedir "+home+" --batch --quiet \"$@\"\n"), 0o755); err != nil {
+	if err := os.WriteFile(gpg, []byte("#!/bin/sh\nexec gpg --homedir "+home+" --batch --quiet \"$@\"\n"),
+		0o755); err != nil {
 		t.Fatal(err)
 	}
 	labRun(t, gpg, "--passphrase", "", "--quick-generate-key", "pgp@lab", "ed25519", "sign", "never")
 	t.Cleanup(func() { labRun(t, "gpgconf", "--homedir", home, "--kill", "all") })
 	l.write("/root/pgp.key", labRun(t, gpg, "--armor", "--export", "pgp@lab"))
 	l.run("gpg", "--batch", "--quiet", "--import", "/root/pgp.key")
-	sign["pgp"] = []string{"-c", "gpg.program=" + gpg, "-c", "gpg.format=openpgp", "-c", "user.signingKey=pgp@lab", "-c", "commit.gpgSign=true"}
+	sign["pgp"] = []string{"-c", "gpg.program=" + gpg, "-c", "gpg.format=openpgp", "-c",
+		"user.signingKey=pgp@lab", "-c", "commit.gpgSign=true"}
 
 	version := 0
 	push := func(options []string) (hash, content string) {
@@ -666,7 +691,8 @@ dirs = [ { local = "/srv/app", link = "app" } ]
 			u.run("reset", "-q", "--hard", old)
 			return old
 		}},
-		{name: "newer but signed beside what ran", do: func() string { h, _ := push(sign["alice"]); return h }},
+		{name: "newer but signed beside what ran",
+			do: func() string { h, _ := push(sign["alice"]); return h }},
 	} {
 		before := l.refused("app", "signers")
 		bad := tt.do()

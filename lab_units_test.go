@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// Units of all kinds, on a real systemd: one whose own unit file comes from the repository, a template instance, a oneshot
-// that a timer starts, one with private mounts, and one that does not exist.
+// Units of all kinds, on a real systemd: one whose own unit file comes from the repository, a template
+// instance, a oneshot that a timer starts, one with private mounts, and one that does not exist.
 func TestLabUnits(t *testing.T) {
 	l, u := newLab(t), newLabUpstream(t)
 	hello := func(word string) string {
@@ -18,7 +18,8 @@ func TestLabUnits(t *testing.T) {
 	l.unit("nightly.timer", "[Timer]\nOnCalendar=2099-01-01\n")
 	l.unit("private.service", "[Service]\nMountFlags=private\nPrivateTmp=yes\nExecStart=sleep infinity\nExecReload=true\n")
 	l.run("systemctl", "start", "nightly.timer")
-	first := u.commit(map[string]string{"hello/hello.service": hello("one"), "instance/conf": "1\n", "nightly/conf": "1\n", "private/conf": "1\n", "private/file": "1\n"})
+	first := u.commit(map[string]string{"hello/hello.service": hello("one"), "instance/conf": "1\n",
+		"nightly/conf": "1\n", "private/conf": "1\n", "private/file": "1\n"})
 	l.write("/srv/private.file", "")
 	l.run("systemctl", "start", "private")
 	l.configure(u, `

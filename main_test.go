@@ -23,6 +23,8 @@ var update = flag.Bool("update", false, "rewrite golden files")
 // the programs that can't run in a test: links on $PATH lead back to this binary.
 func TestMain(m *testing.M) {
 	switch base := filepath.Base(os.Args[0]); {
+	case base == hostileUser:
+		os.Exit(beHostile(os.Args[1:]))
 	case base == "systemctl":
 		os.Exit(fakeSystemctl(os.Getenv("FAKE"), os.Args[1:]))
 	case base == "journalctl":

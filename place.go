@@ -399,3 +399,5 @@ func (p place) sync(name string) error {
 	defer syscall.Close(fd)
 	return syscall.Fsync(fd)
 }
+
+func makePrivate(parent place, name, _ string) error { return syscall.Mkdirat(parent.fd, name, 0o700) }

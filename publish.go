@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"os/exec"
@@ -395,7 +396,10 @@ func (f *files) clear(ctx context.Context) (kept []string, err error) {
 		}
 		f.m, f.settled, f.staged = f.settled, nil, nil
 	}
-	return s.kept, f.prune(ctx, ours)
+	if err := f.prune(ctx, ours); err != nil && ctx.Err() == nil {
+		slog.Warn(err.Error())
+	}
+	return s.kept, nil
 }
 
 // lookedAt is what ourDir calls the file that is being looked at.
@@ -549,8 +553,6 @@ func (s *sorter) keep(dir place, name, p string) error {
 	s.kept = append(s.kept, path.Join(s.f.dir, editsDir, s.into, p))
 	return nil
 }
-
-func makePrivate(parent place, name, _ string) error { return syscall.Mkdirat(parent.fd, name, 0o700) }
 
 // nextEdits names the next directory of editsDir.
 func nextEdits(ours place) (string, error) {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -757,5 +758,29 @@ func TestServiceRefusedFirstCommit(t *testing.T) {
 	w.want("DIFF", "check", none, "")
 	if left, _ := filepath.Glob(w.dir + "/local/etc/*"); len(left) > 0 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// TestServiceRanDespiteKill: what is live counts as having run, also when we were killed after the manifest was written,
+// and before the record was.
+func TestServiceRanDespiteKill(t *testing.T) {
+	w := okWorld(t)
+	commit := w.commit("etc/app.conf", "two\n")
+	if err := w.up.lookNow(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	var out outcome
+	c := w.s.choose(t.Context(), &out)
+	if c == nil {
+		t.Fatalf("%+v", out)
+	}
+	if err := errors.Join(w.s.publish(t.Context(), c), w.s.keepEdits(c)); err != nil {
+		t.Fatal(err)
+	}
+
+	w.restart()
+	w.reconcile()
+	if !slices.Contains(w.s.ran(), commit) || w.s.rec.Newest.Commit != commit {
+		t.Errorf("ran: %v, newest: %v, want %s", w.s.ran(), w.s.rec.Newest, commit)
 	}
 }

@@ -96,13 +96,21 @@ type outcome struct {
 
 // trouble is everything that is wrong, nil if nothing is.
 func (o *outcome) trouble() error {
-	switch {
-	case o.refused == nil:
+	if o.refused == nil {
 		return o.err
-	case o.err == nil:
-		return o.refused
 	}
-	return fmt.Errorf("%w; %w", o.refused, o.err)
+	return both(o.refused, o.err)
+}
+
+// both is an error for two, each of which may be nil.
+func both(a, b error) error {
+	switch {
+	case a == nil:
+		return b
+	case b == nil:
+		return a
+	}
+	return fmt.Errorf("%w; %w", a, b)
 }
 
 // row is what was last said of a service.

@@ -359,3 +359,16 @@ func (t tree) blobs(ids map[string]bool) {
 		}
 	}
 }
+
+// foldedTwice returns two paths that are one where case does not count, "" where there are none.
+func foldedTwice(want tree) (string, string) {
+	names := map[string]string{}
+	for _, p := range slices.Sorted(maps.Keys(want)) {
+		folded := strings.ToLower(p)
+		if other, ok := names[folded]; ok {
+			return other, p
+		}
+		names[folded] = p
+	}
+	return "", ""
+}

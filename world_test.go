@@ -329,3 +329,23 @@ func eventually(t testing.TB, what string, ok func() bool) {
 		}
 	}
 }
+
+// run runs a program of the test's.
+func (w *world) run(name string, args ...string) {
+	w.t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		w.t.Fatalf("%s %v: %v: %s", name, args, err, out)
+	}
+}
+
+// asNobody makes the user nobody own the upstream and the service's files, and reach them.
+func (w *world) asNobody() {
+	w.t.Helper()
+	for p := w.dir; p != "/"; p = filepath.Dir(p) {
+		if fi, err := os.Stat(p); err == nil && fi.Mode()&0o005 != 0o005 {
+			os.Chmod(p, fi.Mode()|0o005)
+		}
+	}
+	w.run("chown", "-R", "nobody", w.bare)
+	w.spec.user = "nobody"
+}

@@ -1,0 +1,587 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// candidate is a version whose files were compared with the disk, and are staged where the disk lacks them.
+type candidate struct {
+	version
+	want   tree
+	diff   diff
+	edited []string // local edits that are to stay
+}
+
+// pass reconciles once and makes the outcome known. A pass that was ended from outside has no outcome.
+func (s *Service) pass(ctx context.Context) {
+	out := s.reconcile(ctx)
+	s.conclude(ctx, out)
+}
+
+func (s *Service) conclude(ctx context.Context, out outcome) {
+	wasEnded := ctx.Err() != nil
+	if !wasEnded {
+		s.last, s.undo = &out, false
+		s.facts.ready = s.facts.ready && out.err == nil
+	}
+	s.publishStatus()
+	err := s.save()
+	if err != nil && !wasEnded && out.err == nil {
+		s.last.err = err
+		s.publishStatus()
+	}
+}
+
+// reconcile is one pass between what is wanted (the config, and upstream's commit or the pin) and what is there. It may be
+// ended by ctx or killed at any point: the next one goes on from what it finds.
+func (s *Service) reconcile(ctx context.Context) (out outcome) {
+	if out.err = s.save(); out.err != nil { // where nothing can be remembered, nothing is changed
+		return out
+	}
+	s.endFreeze()
+	if out.err = s.ensurePackage(ctx); out.err != nil {
+		return out
+	}
+	if out.err = s.ensureReady(ctx); out.err != nil {
+		return out
+	}
+
+	c := s.choose(ctx, &out)
+	if c == nil {
+		return out
+	}
+	good := s.rec.Good
+	err := s.bring(ctx, c, &out)
+	switch {
+	case err == nil:
+		out.err = cmp.Or(out.err, s.acquitOrConvict(c.Content == good.Content, &out))
+	case s.onTrial(ctx, c.version, err):
+		s.takeBack(ctx, c.version, err, &out)
+	default:
+		out.err = both(out.err, err)
+		s.excuse(&out)
+	}
+	return out
+}
+
+func (s *Service) endFreeze() {
+	p := s.rec.Pin
+	if p == nil || p.Until.IsZero() || time.Now().Before(p.Until) {
+		return
+	}
+	slog.Info(fmt.Sprintf("%s: freeze has ended: %s", s.service, p.Info))
+	s.rec.Pin = nil
+}
+
+// ensurePackage sees to it that the package is there.
+func (s *Service) ensurePackage(ctx context.Context) error {
+	if s.pkg == "" {
+		return nil
+	}
+	// Others' installs may rightly take hours: the watchdog's end of us would be the end of the package manager.
+	s.deadline.Store(0)
+	installed, err := s.packages.ensure(ctx, s.pkg, s.step)
+	s.within(localLimit)
+	if installed {
+		slog.Info(fmt.Sprintf("%s: installed package %s", s.service, s.pkg))
+		s.untell()
+	}
+	if err != nil {
+		return brokenError{err}
+	}
+	return nil
+}
+
+// ensureReady finds the service's user, takes the mounts of earlier configs away, and makes the directory the service's.
+func (s *Service) ensureReady(ctx context.Context) error {
+	if s.facts.ready && !s.files.pending() {
+		return nil
+	}
+	acct, err := lookupAccount(ctx, s.user)
+	if err != nil {
+		return brokenError{err}
+	}
+	s.files.acct = acct
+	if err := s.sweep(ctx); err != nil {
+		return err
+	}
+
+	var known tree
+	if s.files.live().Commit == "" && s.rec.Told.Commit != "" {
+		known, err = s.up.tree(ctx, s.rec.Told.Commit, s.dirs)
+		isRefused := errors.As(err, new(*refusal))
+		if err != nil && !isRefused {
+			return cmp.Or(s.up.looked(s.branch).err, err)
+		}
+	}
+	s.within(10 * time.Minute)
+	if err := s.files.prepare(ctx, known); err != nil {
+		return err
+	}
+	s.facts.ready = true
+	return nil
+}
+
+// sweep takes away the mounts that earlier configs wanted, and has systemd forget the units that lay in them.
+func (s *Service) sweep(ctx context.Context) error {
+	gone, err := s.rec.Mounts.sweep(s.service, s.files.dir, s.dirs, s.save)
+	if err != nil {
+		return brokenError{err}
+	}
+	if !slices.ContainsFunc(gone, inUnitDir) {
+		return nil
+	}
+	if err := daemonReload(ctx); err != nil {
+		return brokenError{err}
+	}
+	return nil
+}
+
+// choose returns the version that should run, judged and laid out, nil if nothing can be done; out says why that is not
+// upstream's newest, or what is wrong.
+func (s *Service) choose(ctx context.Context, out *outcome) *candidate {
+	live := s.files.live()
+	want, err := s.wanted(ctx, live, out)
+	if err != nil || want.Commit == "" {
+		out.err = cmp.Or(err, out.err)
+		return nil
+	}
+
+	c, err := s.examine(ctx, want, live)
+	if err == nil {
+		return c
+	}
+	if f := (*refusal)(nil); errors.As(err, &f) && s.rec.Pin == nil {
+		out.refused = s.refuse(want, f)
+	} else {
+		out.err = cmp.Or(out.err, err)
+	}
+	rest := s.rest(ctx, live)
+	isNoOther := rest.Commit == "" || rest.Commit == want.Commit
+	if s.rec.Pin != nil || isNoOther || ctx.Err() != nil {
+		return nil
+	}
+	c, err = s.layOut(ctx, rest) // what runs is looked after meanwhile
+	if err != nil {
+		out.err = cmp.Or(out.err, err)
+		return nil
+	}
+	return c
+}
+
+// wanted says which version should run: the pin's, or upstream's newest unless it is refused already, or a place to stay.
+func (s *Service) wanted(ctx context.Context, live version, out *outcome) (version, error) {
+	if p := s.rec.Pin; p != nil {
+		v, err := s.today(ctx, p.version, live)
+		if err == nil {
+			p.version = v
+		}
+		return v, err
+	}
+
+	l := s.up.looked(s.branch)
+	firstOnTopOfTrouble := s.last == nil && s.rec.Row.State == stateDiff.String()
+	counts := l.misses > 1 || live.Commit == "" || firstOnTopOfTrouble
+	if l.err != nil && counts {
+		out.err = l.err
+	}
+	rest := s.rest(ctx, live)
+	if l.tip == "" {
+		if rest.Commit == "" {
+			out.err = cmp.Or(out.err, errors.New("upstream was not looked at yet"))
+		}
+		return rest, nil
+	}
+
+	tip, err := s.today(ctx, version{Commit: l.tip}, live)
+	if f := (*refusal)(nil); errors.As(err, &f) {
+		out.refused = s.refuse(version{Commit: l.tip}, f)
+		return rest, nil
+	}
+	if err != nil {
+		out.err = cmp.Or(out.err, err)
+		return rest, nil
+	}
+	if p := s.rec.Suspect; p != nil && p.Content == tip.Content {
+		out.refused = &p.refusal
+		return rest, nil
+	}
+	if f := s.refused(tip); f != nil {
+		out.refused = f
+		return rest, nil
+	}
+	return tip, nil
+}
+
+// today returns v with the content that today's dirs show in it: a *refusal where they can't be shown.
+func (s *Service) today(ctx context.Context, v, live version) (version, error) {
+	if v.Commit == "" || s.isOfToday(v) {
+		return v, nil
+	}
+	if v.Commit == live.Commit && s.isOfToday(live) {
+		return live, nil
+	}
+	content, err := s.up.content(ctx, v.Commit, s.dirs)
+	v.Content = linksKey(s.dirs)[:8] + "-" + content
+	return v, err
+}
+
+// isOfToday says whether a version's content is that of today's links. Contents begin with a digest of the links.
+func (s *Service) isOfToday(v version) bool {
+	return strings.HasPrefix(v.Content, linksKey(s.dirs)[:8]+"-")
+}
+
+// rest is where to stay when upstream's commit is not to be had: on what runs, unless that itself was taken back.
+func (s *Service) rest(ctx context.Context, live version) version {
+	tookBack := s.refused(live) != nil || s.rec.Suspect != nil && s.rec.Suspect.Content == live.Content
+	if tookBack && s.rec.Good.Commit != "" {
+		if good, err := s.today(ctx, s.rec.Good, live); err == nil {
+			return good
+		}
+	}
+	v, err := s.today(ctx, live, live)
+	if err != nil {
+		return version{} // its links are others than those of today, and can't be shown: all stays as it is
+	}
+	return v
+}
+
+// examine looks at a version before anything of it goes live: its signature, and what our own config's gate and the check
+// say of it. A *refusal says why it must not. What runs is not examined again, and neither is a pin, which was when it
+// was made.
+func (s *Service) examine(ctx context.Context, v, live version) (*candidate, error) {
+	isNew := s.rec.Pin == nil && v.Commit != s.facts.tip.Commit
+	if s.signers != "" && isNew && v.Commit != live.Commit && v.Commit != s.rec.Good.Commit {
+		if err := s.verify(ctx, v.Commit, live); err != nil {
+			return nil, err
+		}
+	}
+	if v.Content == live.Content {
+		s.facts.tip = v
+		return s.layOut(ctx, v)
+	}
+	c, err := s.layOut(ctx, v)
+	if err != nil || s.rec.Pin != nil || v == s.rec.Good {
+		return c, err
+	}
+	if err := s.precheck(ctx, c); err != nil {
+		return nil, err
+	}
+	s.facts.tip = v
+	return c, nil
+}
+
+// verify checks a commit's signature, and that it descends from the newest one that ever went live.
+func (s *Service) verify(ctx context.Context, commit string, live version) error {
+	s.step("verify signature")
+	s.within(fetchLimit)
+	older := s.rec.Newest.Commit
+	if s.rec.Pin == nil && older != "" && live.Commit != "" && live.Commit != s.rec.Good.Commit {
+		older = live.Commit // on trial, and perhaps too new to be in the record
+	}
+	if older != "" {
+		if err := s.up.descends(ctx, commit, older); err != nil {
+			return err
+		}
+	}
+	return s.up.verify(ctx, commit, s.signers)
+}
+
+// layOut compares a version's files with the disk, and stages those that the disk lacks. Local edits of a pinned service
+// are left out, but after a rollback or unfreeze.
+func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err error) {
+	s.within(fetchLimit + localLimit)
+	if s.files.pending() {
+		if err := s.files.prepare(ctx, nil); err != nil {
+			return nil, err
+		}
+	}
+	c = &candidate{version: v}
+	live := s.files.live()
+	if v.Content == live.Content && !s.files.pending() {
+		c.want = s.files.tree()
+	} else if c.want, err = s.up.tree(ctx, v.Commit, s.dirs); err != nil {
+		return nil, err
+	}
+	if c.diff, err = s.files.compare(ctx, c.want); err != nil {
+		return nil, err
+	}
+	if s.rec.Pin != nil && !s.undo {
+		c.edited, c.diff.edited = c.diff.edited, nil
+		stays := func(p string) bool { return slices.Contains(c.edited, p) }
+		c.diff.put = slices.DeleteFunc(c.diff.put, stays)
+		c.diff.gone = slices.DeleteFunc(c.diff.gone, stays)
+	}
+	if len(c.diff.put) == 0 {
+		return c, nil
+	}
+
+	s.within(missingLimit)
+	if err := s.up.fetchMissing(ctx, c.want); err != nil {
+		return nil, err
+	}
+	o, err := s.up.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer o.close()
+	s.within(fetchLimit)
+	return c, s.files.stage(ctx, c.want, c.diff, o.blob)
+}
+
+// precheck has our own config's gate and the check judge the candidate. Every local is made first where it is missing, for
+// a mount needs a place.
+func (s *Service) precheck(ctx context.Context, c *candidate) error {
+	if s.gate != nil {
+		read := func(name string) ([]byte, error) { return s.readCandidate(c, name) }
+		if err := s.gate(read); err != nil {
+			return &refusal{Reason: "config", Info: fmt.Sprintf("commit %.8s: %v", c.Commit, err)}
+		}
+	}
+	if len(s.check) == 0 {
+		return nil
+	}
+	if err := s.rec.Mounts.makeTargets(s.dirs, s.files.acct, s.save); err != nil {
+		return brokenError{err}
+	}
+	s.step("check")
+	s.within(checkLimit)
+	err := runCheck(ctx, filepath.Join(s.stateDir, "check", s.service),
+		view{Checkout: s.files.dir, Dirs: s.dirs, Gone: c.diff.gone, Argv: s.check})
+	if f := (*refusal)(nil); errors.As(err, &f) {
+		f.Info = fmt.Sprintf("commit %.8s: %s", c.Commit, f.Info)
+	}
+	return err
+}
+
+// bring makes a candidate's files live, shows them at every local, and sees to it that the unit runs on them: the one way,
+// whoever wants it. Each step does nothing where nothing is to be done.
+func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
+	out.edited = c.edited
+	if len(out.edited) > 0 && (s.last == nil || !slices.Equal(s.last.edited, out.edited)) {
+		slog.Warn(fmt.Sprintf("%s: edited here: %s", s.service, someOf(out.edited)))
+	}
+	before, changes := s.files.live(), len(c.diff.put)+len(c.diff.gone)
+	if changes > 0 || c.Content != before.Content || s.files.pending() {
+		if err := s.publish(ctx, c); err != nil {
+			return err
+		}
+	}
+
+	if err := s.showLinks(c.Content); err != nil {
+		return brokenError{err}
+	}
+	if err := s.keepEdits(c); err != nil {
+		return err
+	}
+	s.noteRan(s.files.live())
+	if err := s.serve(ctx, c.version); err != nil {
+		return err
+	}
+	commit, objects := s.files.live().Commit, s.up.objectsDir()
+	if before.Content != c.Content || !s.files.isDressed(commit, objects) {
+		s.within(6 * localLimit)
+		if err := s.files.dress(ctx, commit, objects); err != nil {
+			slog.Warn(fmt.Sprintf("%s: .git for people: %s", s.service, oneLine(err.Error())))
+		}
+	}
+	return nil
+}
+
+// showLinks makes every local show its link. The record forgets first that the unit was told of content, if a mount is to
+// change.
+func (s *Service) showLinks(content string) error {
+	isWrong := func(d dir) bool { return d.local != "" && !shows(s.files.dir, d.link, d.local) }
+	if content != "" && s.rec.Told.Content == content && slices.ContainsFunc(s.dirs, isWrong) {
+		s.untell()
+		if err := s.save(); err != nil {
+			return err
+		}
+	}
+	changed, err := s.rec.Mounts.show(s.service, s.files.dir, s.dirs, s.files.acct, s.save)
+	if changed {
+		s.untell()
+	}
+	return err
+}
+
+// publish makes the staged files live. The record forgets first that the unit was told of them, where it was before.
+func (s *Service) publish(ctx context.Context, c *candidate) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if s.rec.Told.Content == c.Content {
+		s.untell()
+		if err := s.save(); err != nil {
+			return err
+		}
+	}
+	s.step("publish")
+	s.within(10 * time.Minute)
+	before := s.files.live()
+	if err := s.files.publish(s.stop.hard, c.version, c.want, c.diff); err != nil {
+		s.facts.ready = false
+		return err
+	}
+	if c.Content != before.Content {
+		slog.Info(fmt.Sprintf("%s: %.8s is live", s.service, c.Commit),
+			"before", fmt.Sprintf("%.8s", before.Commit), "files", len(c.diff.put)+len(c.diff.gone))
+	}
+	return nil
+}
+
+// noteRan remembers what is live among what ran here; also after a kill between the manifest and the record.
+func (s *Service) noteRan(live version) {
+	n := len(s.rec.Ran)
+	if n > 0 && s.rec.Ran[n-1].Commit == live.Commit {
+		return
+	}
+	if live.Commit == s.up.looked(s.branch).tip {
+		s.rec.Newest.Commit = live.Commit
+	}
+	s.rec.Ran = slices.DeleteFunc(s.rec.Ran, func(v version) bool { return v.Commit == live.Commit })
+	s.rec.Ran = append(s.rec.Ran, live)
+	if n := len(s.rec.Ran); n > 50 {
+		s.rec.Ran = slices.Clone(s.rec.Ran[n-50:])
+	}
+}
+
+// keepEdits deals with what came out of the live files, now that no local shows it any more.
+func (s *Service) keepEdits(c *candidate) error {
+	kept, err := s.files.clear(s.stop.hard)
+	if err != nil {
+		return err
+	}
+	for _, p := range kept {
+		if s.files.wasAlien(c.diff, p) {
+			slog.Warn(fmt.Sprintf("%s: somebody's own was in the way of a commit, kept as %s", s.service, p))
+		}
+	}
+	isAlien := func(p string) bool { return s.files.wasAlien(c.diff, p) }
+	undone := slices.DeleteFunc(kept, isAlien)
+	if len(undone) > 0 || len(c.diff.edited) > 0 {
+		n := max(len(undone), len(c.diff.edited)) // a file that was removed leaves nothing to keep
+		count.addFloat("gitopper_service_drift_total", labels("service", s.service), float64(n))
+		slog.Warn(fmt.Sprintf("%s: local edits undone: %s; kept: %s", s.service,
+			someOf(c.diff.edited), cmp.Or(someOf(undone), "nothing")))
+	}
+	return nil
+}
+
+// serve tells the unit of what it has not seen, watches it settle, and else looks whether it is still up.
+func (s *Service) serve(ctx context.Context, v version) error {
+	now := told{v, bootID()}
+	wasTold := s.rec.Told.Content == v.Content && s.rec.Told.Boot == now.Boot
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case s.action == "":
+		return s.settled(now)
+	case !wasTold:
+		s.within(actionLimit + localLimit)
+		hasUnits := slices.ContainsFunc(s.dirs, func(d dir) bool { return inUnitDir(d.local) })
+		verb, err := tell(s.stop.hard, s.service, s.action, hasUnits, s.step)
+		if err != nil {
+			return brokenError{err}
+		}
+		slog.Info(fmt.Sprintf("%s: told by %s", s.service, cmp.Or(verb, "none: it is down until it is triggered")),
+			"commit", fmt.Sprintf("%.8s", v.Commit))
+		s.rec.Told = now
+	case s.rec.Good.Content == v.Content:
+		return s.stillUp(ctx)
+	}
+
+	s.step("settle")
+	s.within(s.settle)
+	err := s.watch(ctx)
+	switch {
+	case err == nil:
+		return s.settled(now)
+	case ctx.Err() == nil:
+		s.untell() // not done before it is seen to have worked
+	}
+	return brokenError{err}
+}
+
+// watch watches the unit settle on what it was told of.
+func (s *Service) watch(ctx context.Context) error {
+	u, err := settle(ctx, s.service, s.action, s.settle)
+	s.facts.toldAt = time.Now()
+	if err != nil || s.action == "restart" {
+		return err
+	}
+	for _, d := range s.dirs {
+		if d.local != "" && u.seesOld(d.local) {
+			return fmt.Errorf("unit has private mounts, use action = \"restart\": "+
+				"its main process does not see the new %s", d.local)
+		}
+	}
+	return nil
+}
+
+// stillUp looks whether a unit that settled is up, in what the last round saw where that is recent.
+func (s *Service) stillUp(ctx context.Context) error {
+	u := s.unit.Load()
+	hadTrouble := s.last == nil || s.last.err != nil
+	if u == nil || hadTrouble || u.at.Before(s.facts.toldAt) {
+		now, err := showUnit(ctx, s.service)
+		if err != nil {
+			return brokenError{err}
+		}
+		u = &now
+	}
+	if !u.well(s.action) {
+		return brokenError{errors.New(u.describe())}
+	}
+	return nil
+}
+
+// onTrial says whether trouble with what is live is to be met by the last good version: that one has not settled yet, and
+// another one is known that did.
+func (s *Service) onTrial(ctx context.Context, v version, err error) bool {
+	noFallback := !s.fallback || s.rec.Pin != nil || s.rec.Good.Commit == ""
+	noTrouble := !errors.As(err, new(brokenError)) || errors.As(err, new(recordError))
+	if noFallback || noTrouble || ctx.Err() != nil {
+		return false
+	}
+	good, err := s.today(ctx, s.rec.Good, s.files.live())
+	return err == nil && good.Content != v.Content
+}
+
+// takeBack makes the last good version live again. What failed is remembered first, so that a crash in between goes on from
+// here.
+func (s *Service) takeBack(ctx context.Context, v version, cause error, out *outcome) {
+	good, err := s.today(ctx, s.rec.Good, s.files.live())
+	if err == nil {
+		f := refusal{version: v, Judge: s.judge("fallback"), Reason: "fallback", Info: oneLine(fmt.Sprintf(
+			"commit %.8s taken back, %.8s runs; with %.8s: %v", v.Commit, good.Commit, v.Commit, cause))}
+		s.rec.Suspect, s.rec.Good = &suspect{refusal: f}, good
+		s.untell()
+		err = s.save()
+	}
+	if err != nil {
+		out.err = err
+		return
+	}
+
+	out.refused = &s.rec.Suspect.refusal
+	s.step(fmt.Sprintf("fall back to %.8s", good.Commit))
+	c, err := s.layOut(ctx, good)
+	if err == nil {
+		err = s.bring(ctx, c, out)
+	}
+	if err == nil {
+		err = s.acquitOrConvict(true, out)
+	}
+	if out.err = err; err != nil {
+		s.excuse(out)
+	}
+}
