@@ -6,12 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -33,22 +33,27 @@ func readRef(name string) string {
 	return id
 }
 
-// tidy removes what a killed git, or a killed heal, left behind, once.
+// tidy removes what a killed git, or a killed heal, left behind.
 func (u *upstream) tidy(ctx context.Context) error {
-	if u.used {
-		return nil
-	}
-	old, fresh := u.dir+".old", u.dir+".new"
+	old := u.dir + ".old"
 	if !lexists(u.dir) && lexists(old) { // killed between two renames
 		if err := os.Rename(old, u.dir); err != nil {
 			return err
 		}
 	}
-	for _, name := range []string{old, fresh} {
-		if err := removeTree(ctx, name); err != nil {
-			return err
+	for _, name := range []string{old, u.dir + ".new"} {
+		if err := removeTree(ctx, name); err != nil { // its user may refill it
+			slog.Warn(fmt.Sprintf("%s: a clone of before stays: %v", redact(u.url), err))
 		}
 	}
+	u.inObjects("pack", func(root *os.Root, name string) {
+		if strings.HasPrefix(name, "tmp_") {
+			_ = root.Remove("pack/" + name)
+		}
+	})
+
+	u.mu.Lock() // for keep writes there
+	defer u.mu.Unlock()
 	for _, pattern := range []string{"/fetch/*.lock", "/fetch/shallow*", "/fetch/*.new", "/read/*.lock"} {
 		names, _ := filepath.Glob(u.dir + pattern)
 		for _, name := range names {
@@ -57,104 +62,62 @@ func (u *upstream) tidy(ctx context.Context) error {
 			}
 		}
 	}
-	u.used = true
-	return u.inObjects("pack", func(root *os.Root, name string) {
-		if strings.HasPrefix(name, "tmp_") {
-			_ = root.Remove("pack/" + name)
-		}
-	})
+	return nil
 }
 
 // inObjects calls do for names in a directory of the user's below objects, of which there may be none, or
-// very many.
-func (u *upstream) inObjects(name string, do func(root *os.Root, name string)) error {
+// very many. What is wrong with it git says.
+func (u *upstream) inObjects(name string, do func(root *os.Root, name string)) {
 	root, err := os.OpenRoot(u.objectsDir())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return err
+	if err != nil {
+		return
 	}
 	defer root.Close()
 	d, err := root.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return nil // git says what is wrong with it
+		return
 	}
 	defer d.Close()
 	names, _ := d.Readdirnames(treeEntries)
 	for _, name := range names {
 		do(root, name)
 	}
-	return nil
 }
 
 // canFilter finds out whether upstream leaves out contents at a fetch, and hands out single objects later,
 // from what it says of itself: fetch=shallow filter (protocol 2), or a list behind the first ref (protocol
 // 0). A web server that knows nothing of git says nothing.
 func (u *upstream) canFilter(ctx context.Context, a account) (bool, error) {
-	r, w, err := os.Pipe()
+	f, err := os.CreateTemp("", "gitopper")
 	if err != nil {
 		return false, err
 	}
-	defer r.Close()
+	defer f.Close()
+	defer os.Remove(f.Name())
 	cmd := u.reach(a, "", "ls-remote", "-q", "origin", "refs/heads/none")
 	cmd.Env = append(cmd.Env, "GIT_TRACE_PACKET=3")
-	cmd.ExtraFiles = []*os.File{w}
-
-	words := make(chan string, 1)
-	go func() {
-		start, _ := io.ReadAll(io.LimitReader(r, 64<<10))
-		words <- string(start)
-		_, _ = io.Copy(io.Discard, r)
-	}()
-	_, err = runGit(ctx, "ls-remote "+redact(u.url), cmd, lookLimit)
-	_ = errors.Join(w.Close(), r.SetReadDeadline(time.Now().Add(time.Second)))
-	for line := range strings.Lines(<-words) {
-		_, two, _ := strings.Cut(line, "< fetch=")
-		_, zero, _ := strings.Cut(line, `\0`)
-		single := two != "" || strings.Contains(zero, "allow-any-sha1-in-want")
-		said := strings.Fields(two + " " + zero)
-		if single && slices.Contains(said, "filter") {
-			return true, err
-		}
-	}
-	return false, err
+	cmd.ExtraFiles = []*os.File{f}
+	_, err = runGit(ctx, "ls-remote "+redact(u.url), cmd, lookLimit, maxObject)
+	start, _ := io.ReadAll(io.NewSectionReader(f, 0, 64<<10))
+	return offers.Match(start), err
 }
 
-// probe returns an error if a tip that should be in the clone is not, or a commit that it descends from, without which
-// git can't fetch: it costs two gits.
-func (u *upstream) probe(ctx context.Context) error {
-	o, err := u.open(ctx)
-	if err != nil {
-		return nil
-	}
-	defer o.close()
-	args := []string{"rev-list", "--quiet"}
-	for branch := range u.looks {
-		tip := u.looked(branch).tip
-		if tip == "" {
-			continue
-		}
-		args = append(args, tip)
-		w := o.walk(tip)
-		err := w.root()
-		if err == nil {
-			_, err = w.entries(w.top)
-		}
-		if errors.Is(err, errNoCommit) {
-			err = damaged{err}
-		}
-		if errors.As(err, &damaged{}) {
-			return err
-		}
-	}
+var offers = regexp.MustCompile(`< fetch=(.* )?filter\s` +
+	`|\\0.*allow-any-sha1-in-want.* filter\s|\\0(.* )?filter .*allow-any-sha1-in-want`)
 
+// probe returns an error if a tip that should be in the clone is not, or a commit that it descends from,
+// without which git can't fetch.
+func (u *upstream) probe(ctx context.Context, a account) error {
+	args := []string{"rev-list", "--quiet"}
+	for _, l := range u.looks {
+		if l.tip != "" {
+			args = append(args, l.tip)
+		}
+	}
 	if len(args) == 2 {
 		return nil
 	}
-	a, err := u.account(ctx)
-	if err == nil {
-		_, err = runGit(ctx, "rev-list", u.reader(a, args...), fetchLimit)
-	}
+	_, err := runGit(ctx, "rev-list", u.reader(a, args...), fetchLimit)
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.Exited() {
 		return damaged{err}
 	}
@@ -169,26 +132,38 @@ func hashDigits(remote map[string]string) int {
 	return 40
 }
 
-// skeletonConfig is the config of a skeleton. The one for the network says that objects may be missing,
-// unless all are to be fetched; see git-partial-clone(7).
-func skeletonConfig(digits int, filtered bool) string {
+const skeletonHead = "ref: refs/heads/none\n"
+
+// part is a directory or a file of a clone: what it is to be.
+type part struct {
+	name     string // below the clone's directory
+	mode     os.FileMode
+	uid, gid int
+	text     string // of a file
+}
+
+// parts returns all of a clone that root makes, in order, for ids of so many digits. The config for the
+// network says that objects may be missing, if it is filtered; see git-partial-clone(7).
+func parts(user account, digits int, filtered bool) (list []part) {
 	config := "[core]\n\trepositoryformatversion = 1\n\tbare = true\n[extensions]\n"
 	if digits == 64 {
 		config += "\tobjectFormat = sha256\n"
 	}
+	network := config
 	if filtered {
-		config += "\tpartialClone = origin\n" +
+		network += "\tpartialClone = origin\n" +
 			"[remote \"origin\"]\n\tpromisor = true\n\tpartialclonefilter = blob:none\n"
 	}
-	return config
-}
 
-// skeletonDirs are the directories of a clone that are root's, outer ones first.
-func skeletonDirs() []string {
-	return []string{"", "/fetch", "/fetch/refs", "/fetch/refs/tips", "/read", "/read/refs"}
+	const open, plain = os.ModeDir | 0o755, 0o644
+	uid, gid := os.Geteuid(), os.Getegid()
+	for _, name := range []string{"", "/fetch", "/fetch/refs", "/fetch/refs/tips", "/read", "/read/refs"} {
+		list = append(list, part{name, open, uid, gid, ""})
+	}
+	return append(list, part{"/objects", os.ModeDir | 0o700, user.uid, user.gid, ""},
+		part{"/fetch/HEAD", plain, uid, gid, skeletonHead}, part{"/fetch/config", plain, uid, gid, network},
+		part{"/read/HEAD", plain, uid, gid, skeletonHead}, part{"/read/config", plain, uid, gid, config})
 }
-
-const skeletonHead = "ref: refs/heads/none\n"
 
 // skeleton makes an empty clone.
 func (u *upstream) skeleton(ctx context.Context, a account, digits int, filtered bool) error {
@@ -197,23 +172,18 @@ func (u *upstream) skeleton(ctx context.Context, a account, digits int, filtered
 		return err
 	}
 	err := errors.Join(os.Chmod(parent, 0o711), removeTree(ctx, u.dir)) // 0711 whatever the umask
-	for _, name := range append(skeletonDirs(), "/objects") {
-		if err == nil {
-			err = errors.Join(os.Mkdir(u.dir+name, 0o755), os.Chmod(u.dir+name, 0o755))
-		}
-	}
-	if err != nil {
-		return err
-	}
-	for name, text := range map[string]string{
-		"fetch/HEAD": skeletonHead, "fetch/config": skeletonConfig(digits, filtered),
-		"read/HEAD": skeletonHead, "read/config": skeletonConfig(digits, false),
-	} {
-		if err := u.write(name, text); err != nil {
+	for _, p := range parts(a, digits, filtered) {
+		name := u.dir + p.name
+		switch {
+		case err != nil:
 			return err
+		case p.mode.IsDir():
+			err = errors.Join(os.Mkdir(name, 0o700), os.Chmod(name, p.mode), os.Lchown(name, p.uid, p.gid))
+		default:
+			err = u.write(p.name, p.text)
 		}
 	}
-	return errors.Join(os.Chmod(u.objectsDir(), 0o700), os.Lchown(u.objectsDir(), a.uid, a.gid))
+	return err
 }
 
 // write replaces a file of a skeleton, which the user's git can read.
@@ -227,7 +197,7 @@ func (u *upstream) write(name, text string) error {
 	if err := errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(f.Name(), u.dir+"/"+name)
+	return os.Rename(f.Name(), u.dir+name)
 }
 
 // filtered says whether the clone leaves out contents until they are asked for.
@@ -236,41 +206,27 @@ func (u *upstream) filtered() bool {
 	return bytes.Contains(data, []byte("promisor"))
 }
 
-// errNoClone says that nothing was cloned yet.
-var errNoClone = errors.New("there is no clone")
-
-// sound returns an error unless the skeletons are there, ours and as we made them for ids of so many digits,
-// and the objects are the user's alone.
+// sound returns an error unless all parts of the clone are there as we made them for ids of so many digits.
 func (u *upstream) sound(a account, digits int) error {
-	if !lexists(u.dir) {
-		return errNoClone
-	}
-	for _, name := range append(skeletonDirs(), "/objects") {
-		uid, mode := os.Geteuid(), os.ModeDir|0o755
-		if name == "/objects" {
-			uid, mode = a.uid, os.ModeDir|0o700
+	for _, p := range parts(a, digits, u.filtered()) {
+		name, text := u.dir+p.name, ""
+		fi, err := os.Lstat(name)
+		if err == nil && fi.Mode().IsRegular() {
+			var data []byte
+			data, err = os.ReadFile(name)
+			text = string(data)
 		}
-		fi, err := os.Lstat(u.dir + name)
 		if err != nil {
 			return damaged{err}
 		}
-		if owner := int(fi.Sys().(*syscall.Stat_t).Uid); fi.Mode()&^os.ModeSetgid != mode || owner != uid {
-			return damaged{fmt.Errorf("%s is %v of user %d", u.dir+name, fi.Mode(), owner)}
+		uid := int(fi.Sys().(*syscall.Stat_t).Uid)
+		if (part{p.name, fi.Mode() &^ os.ModeSetgid, uid, p.gid, text}) != p {
+			return damaged{fmt.Errorf("%s is not as we made it: %v of user %d", name, fi.Mode(), uid)}
 		}
 	}
-
-	head, all := []string{skeletonHead}, skeletonConfig(digits, false)
-	for name, right := range map[string][]string{
-		"/fetch/HEAD": head, "/fetch/config": {all, skeletonConfig(digits, true)},
-		"/read/HEAD": head, "/read/config": {all},
-	} {
-		data, err := os.ReadFile(u.dir + name)
-		if err != nil {
-			return damaged{err}
-		}
-		if !slices.Contains(right, string(data)) {
-			return damaged{fmt.Errorf("%s is not as we wrote it", u.dir+name)}
-		}
+	packed, err := os.ReadFile(u.dir + "/fetch/packed-refs")
+	if err == nil && string(packed) != packedHead+strings.Join(ranLines(string(packed)), "") {
+		return damaged{fmt.Errorf("%s/fetch/packed-refs is not as we wrote it", u.dir)}
 	}
 	return nil
 }
@@ -282,6 +238,7 @@ func (u *upstream) clone(ctx context.Context, a account, remote map[string]strin
 	if len(remote) == 0 {
 		return nil // each branch is told to be missing
 	}
+	first := !lexists(u.dir)
 	digits := hashDigits(remote)
 	filtered := false
 	full := errors.Is(why, errRefused) || u.sound(a, digits) == nil && !u.filtered()
@@ -292,16 +249,13 @@ func (u *upstream) clone(ctx context.Context, a account, remote map[string]strin
 	}
 
 	next := newUpstream("", u.url, u.user)
-	next.dir, next.patience, next.tracked, next.spent = u.dir+".new", u.patience, u.tracked, u.spent
-	next.acct = &a
-	for branch := range u.looks {
-		next.looks[branch] = look{}
-	}
-	if err := removeTree(ctx, u.dir+".old"); err != nil {
-		return err
-	}
+	next.dir, next.patience, next.spent = u.dir+".new", u.patience, u.spent
+	next.acct.Store(&a)
 	if err := next.skeleton(ctx, a, digits, filtered); err != nil {
 		return err
+	}
+	for _, t := range u.tracked {
+		next.track(t.branch, t.dirs, nil)
 	}
 	err = next.update(ctx, a, remote, again)
 	u.spent = next.spent
@@ -312,27 +266,25 @@ func (u *upstream) clone(ctx context.Context, a account, remote map[string]strin
 		u.healed = time.Now() // upstream itself may be
 	}
 	if packed, err := os.ReadFile(u.dir + "/fetch/packed-refs"); err == nil {
-		_ = next.write("fetch/packed-refs", string(packed)) // of what is not there, git takes no notice
+		whole := packedHead + strings.Join(ranLines(string(packed)), "")
+		_ = next.write("/fetch/packed-refs", whole) // of what is not there, git takes no notice
 	}
 	if err == nil {
 		err = u.replace(next)
 	}
 	if err != nil {
 		_ = removeTree(ctx, next.dir)
-		if errors.Is(why, errNoClone) {
+		if first {
 			return err
 		}
 		return fmt.Errorf("%w; it is to be made anew because %w", err, why)
 	}
 
-	if !errors.Is(why, errNoClone) {
+	if !first {
 		u.healed = time.Now()
 		slog.Warn(fmt.Sprintf("%s: cloned anew", redact(u.url)), "reason", why)
 	}
-	if err := removeTree(ctx, u.dir+".old"); err != nil {
-		slog.Warn(fmt.Sprintf("%s: the clone of before stays: %v", redact(u.url), err))
-	}
-	return nil
+	return u.tidy(ctx)
 }
 
 // replace puts a complete clone in our clone's place.
@@ -352,9 +304,21 @@ func (u *upstream) replace(next *upstream) error {
 		old.tip = l.tip
 		u.looks[branch] = old
 	}
-	u.tips, u.hurt = next.tips, nil
-	u.made++
+	u.tips, u.hurt = next.tips, next.hurt
 	return syncDir(filepath.Dir(u.dir))
+}
+
+const packedHead = "# pack-refs with: peeled fully-peeled sorted \n"
+
+// ranLines returns those lines of packed-refs that are as keep writes them.
+func ranLines(text string) (lines []string) {
+	for line := range strings.Lines(text) { // 606eb576... refs/ran/606eb576...
+		id, ref, _ := strings.Cut(line, " ")
+		if isHash(id) && ref == "refs/ran/"+id+"\n" {
+			lines = append(lines, line)
+		}
+	}
+	return lines
 }
 
 // keep makes the clone keep the commits that ran for a service, whatever becomes of upstream's branches.
@@ -368,35 +332,33 @@ func (u *upstream) keep(service string, commits []string) error {
 		return nil // nothing to keep yet
 	}
 
-	const head = "# pack-refs with: peeled fully-peeled sorted \n"
-	lines := map[string]bool{}
+	lines := []string{}
 	if len(u.ran) < len(u.tracked) { // not all have said theirs since we started
-		for line := range strings.Lines(strings.TrimPrefix(string(old), head)) {
-			lines[line] = true
-		}
+		lines = ranLines(string(old))
 	}
 	for _, list := range u.ran {
 		for _, c := range list {
-			lines[c+" refs/ran/"+c+"\n"] = true
+			lines = append(lines, c+" refs/ran/"+c+"\n")
 		}
 	}
-	text := head + strings.Join(slices.Sorted(maps.Keys(lines)), "")
+	slices.Sort(lines)
+	text := packedHead + strings.Join(slices.Compact(lines), "")
 	if text == string(old) || len(lines) == 0 {
 		return nil
 	}
-	return u.write("fetch/packed-refs", text)
+	return u.write("/fetch/packed-refs", text)
 }
 
 // pack puts what many small fetches brought into one pack, at most once an hour.
 func (u *upstream) pack(ctx context.Context) {
 	packs, loose := 0, 0
-	_ = u.inObjects("pack", func(_ *os.Root, name string) {
+	u.inObjects("pack", func(_ *os.Root, name string) {
 		if strings.HasSuffix(name, ".pack") {
 			packs++
 		}
 	})
 	// One directory of 256 tells, as in git gc --auto.
-	_ = u.inObjects("17", func(*os.Root, string) { loose += 256 })
+	u.inObjects("17", func(*os.Root, string) { loose += 256 })
 	if packs <= 50 && loose <= 2000 || time.Since(u.packed) < healEvery {
 		return
 	}
@@ -432,17 +394,13 @@ func retireUpstreams(ctx context.Context, stateDir string, keep []*upstream) {
 // fetchMissing makes sure that all blobs of t are in the clone: no network where they are, and no program
 // where t is of a tip.
 func (u *upstream) fetchMissing(ctx context.Context, t tree) error {
+	isTips := func(s showing) bool { return maps.Equal(s.tree, t) }
 	u.mu.Lock()
-	for _, tip := range u.tips {
-		for _, s := range tip {
-			if maps.Equal(s.tree, t) {
-				u.mu.Unlock()
-				return nil
-			}
-		}
-	}
+	known := slices.ContainsFunc(slices.Collect(maps.Values(u.tips)), isTips)
 	u.mu.Unlock()
-
+	if known {
+		return nil
+	}
 	ids := map[string]bool{}
 	t.blobs(ids)
 	a, err := u.account(ctx)
@@ -451,16 +409,17 @@ func (u *upstream) fetchMissing(ctx context.Context, t tree) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, missingLimit)
 	defer cancel()
-	if lacks, err := u.missing(ctx, a, ids); err != nil || lacks == nil {
+	lacks, err := u.missing(ctx, a, ids)
+	if err != nil || lacks == nil {
 		return err
 	}
 	if err := u.take(ctx); err != nil {
 		return err
 	}
 	defer func() { <-u.network }()
-	err = u.bring(ctx, a, ids)
+	err = u.bring(ctx, a, lacks)
 	if errors.As(err, &damaged{}) {
-		u.hurts(err, u.clones()) // the next look mends it
+		u.hurts(u.hurt, err) // the next look mends it
 	}
 	return err
 }
@@ -486,11 +445,10 @@ func (u *upstream) missing(ctx context.Context, a account, ids map[string]bool) 
 	return lacks, nil
 }
 
-// bring fetches those blobs that are not in the clone, in one request.
-func (u *upstream) bring(ctx context.Context, a account, ids map[string]bool) error {
-	lacks, err := u.missing(ctx, a, ids)
-	if err != nil || lacks == nil {
-		return err
+// bring fetches the blobs that the clone lacks, in one request.
+func (u *upstream) bring(ctx context.Context, a account, lacks []byte) error {
+	if lacks == nil {
+		return nil
 	}
 	if !u.filtered() {
 		return damaged{fmt.Errorf("blob %.12s %w", lacks, errMissing)}

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,89 +20,39 @@ func configFiles(files map[string]string) func(string) ([]byte, error) {
 	}
 }
 
-func TestLoadConfig(t *testing.T) {
-	global := "[global]\nupstream = \"https://example.org/c.git\"\nmount = \"/srv/c\"\nkeys = [{path = \"k.pub\"}]\n"
-	entry := func(lines string) string {
-		return global + "[[services]]\nmachine = \"m\"\nservice = \"prometheus\"\n" + lines
+const (
+	configGlobal = `[global]
+upstream = "https://example.org/c.git"
+mount = "/srv/c"
+keys = [{path = "k.pub"}]
+`
+	configEntry = configGlobal + `[[services]]
+machine = "m"
+service = "prometheus"
+`
+)
+
+// configPair is a config with two entries for this machine, which answers to m and m2.
+func configPair(a, b string) string {
+	return configEntry + a + "\n[[services]]\nmachine = 'm2'\nservice = 'caddy'\n" + b
+}
+
+// configCase is a config, and what is said of it: lines that are all in the error; "" is nothing.
+type configCase struct{ name, text, want string }
+
+func (tc configCase) run(t *testing.T) {
+	o := options{config: "/etc/gitopper/config.toml", stateDir: "/var/lib/gitopper"}
+	o.names = []string{"m", "m2"}
+	files := map[string]string{
+		o.config: tc.text, "/etc/gitopper/k.pub": testKey, "/etc/gitopper/bad.pub": "ssh-ed25519 AAAA",
 	}
-	pair := func(a, b string) string {
-		return entry(a) + "[[services]]\nmachine = \"m2\"\nservice = \"caddy\"\n" + b
+	_, err := loadConfig(o, configFiles(files))
+	got := ""
+	if err != nil {
+		got = strings.ReplaceAll(err.Error(), o.config+": ", "")
 	}
-	for _, tc := range []struct{ name, text, want string }{
-		{"minimal", entry(""), ""},
-		{"all options", entry(`branch = "canary/1"
-user = "prometheus"
-package = "prometheus"
-action = "reload"
-check = ["promtool", "check"]
-fallback = false
-settle = "10s"
-signers = "/etc/signers"
-dirs = [{local = "/etc/prometheus", link = "prom/etc/"}, {link = "a/../b", file = true}]`), ""},
-		{"names in capitals", entry("Branch = \"x\"\n"), ""},
-		{"no services", global, ""},
-		{"same machine by two names", pair("dirs=[{local=\"/etc/x\",link=\"x\"}]\n", "dirs=[{local=\"/etc/x/y\",link=\"y\"}]"), `locals "/etc/x" and "/etc/x/y"`},
-		{"syntax", "[global\n", "line 1, column 8: expected"},
-		{"syntax at the end", entry("") + "[[services]\n", "line 8, column 12: expected"},
-		{"not toml", "\x00", "line 1"},
-		{"unknown option", entry("acton = \"reload\""), `services[0] "prometheus": acton: unknown option, expected one of action, branch, check`},
-		{"unknown table", entry("[globall]\n"), "top level: globall: unknown option"},
-		{"wrong type", entry("branch = 5\ndirs = \"x\"\ncheck = \"nginx -t\""), `"prometheus": branch: must be a string` + "\n" + `"prometheus": check: must be a list of strings` + "\n" + `"prometheus": dirs: must be a list of tables`},
-		{"no key", "[global]\n", "keys: at least one"},
-		{"key without path", strings.Replace(entry(""), "path", "ro = true, path2", 1), "keys[0]: path2: unknown option"},
-		{"missing key file", strings.Replace(entry(""), "k.pub", "/nope", 1), "keys[0]: open /nope: no such file"},
-		{"bad key file", strings.Replace(entry(""), "k.pub", "bad.pub", 1), "keys[0]: /etc/gitopper/bad.pub: "},
-		{"no upstream", strings.Replace(entry(""), "upstream = \"https://example.org/c.git\"", "", 1), `upstream "": required`},
-		{"upstream is an option", entry("upstream = \"--upload-pack=x\""), `upstream "--upload-pack=x": must be a URL`},
-		{"upstream is a helper", entry("upstream = \"ext::sh -c x\""), "must not name a transport helper"},
-		{"upstream of another kind", entry("upstream = \"ftp://x/y\""), "must be an https, http, ssh, git or file URL"},
-		{"upstream is relative", entry("upstream = \"x/y\""), "a path must be absolute"},
-		{"upstream with a password", entry("upstream = \"gopher://u:secret@h/y\""), `upstream "gopher://***h/y"`},
-		{"scp-like upstream", entry("upstream = \"git@example.org:x/y\""), ""},
-		{"branch", entry("branch = \"a..b\""), `branch "a..b": must be a valid branch name`},
-		{"branch is an option", entry("branch = \"-x\""), `branch "-x"`},
-		{"relative mount", entry("mount = \"x\""), `mount "x": required, must be absolute`},
-		{"service with slash", strings.Replace(entry(""), `"prometheus"`, `"a/b"`, 1), `service "a/b": required, must be a unit name`},
-		{"service is an option", strings.Replace(entry(""), `"prometheus"`, `"-a"`, 1), `service "-a"`},
-		{"no machine", strings.Replace(entry(""), "machine", "#", 1), `machine "": required`},
-		{"user", entry("user = \"a b\""), `user "a b": must be an account name`},
-		{"package", entry("package = \"-y\""), `package "-y": must be a package name`},
-		{"action", entry("action = \"relaod\""), `action "relaod": must be one of start, restart`},
-		{"empty check", entry("check = []"), "check: must have at least one word"},
-		{"settle", entry("settle = \"6m\""), `"prometheus": settle: must be a duration of at most 5m, such as "3s"`},
-		{"settle without unit", entry("settle = 5"), `settle: must be a duration`},
-		{"signers", entry("signers = \"x\""), `signers "x": must be absolute`},
-		{"local is /", entry(`dirs=[{local="/x/..",link="a"}]`), "must be an absolute path other than /"},
-		{"local is relative", entry(`dirs=[{local="etc",link="a"}]`), "must be an absolute path"},
-		{"local in mount", entry(`dirs=[{local="/srv/c/x",link="a"}]`), `must not be in, around or equal to mount "/srv/c"`},
-		{"local of the system", entry(`dirs=[{local="/etc/",link="a"}]`), `local "/etc/": must not be a directory that a system stands on`},
-		{"local around the config", entry(`dirs=[{local="/etc/gitopper",link="a"}]`), `the directory of the config file`},
-		{"local in state", entry(`dirs=[{local="/var/lib/gitopper/x",link="a"}]`), `must not be in, around or equal to the state directory`},
-		{"locals nest", entry(`dirs=[{local="/a",link="a"},{local="/a/b",link="b"}]`), `locals "/a" and "/a/b": must not be the same or nest`},
-		{"link is missing", entry(`dirs=[{local="/a"}]`), "dirs[0].link: required"},
-		{"link is absolute", entry(`dirs=[{local="/a",link="/a"}]`), `dirs[0].link "/a": must be relative`},
-		{"link leaves", entry(`dirs=[{local="/a",link="a/../../b"}]`), "must be a path inside the repository"},
-		{"link is everything", entry(`dirs=[{local="/a",link="."}]`), "must be a path inside the repository"},
-		{"link into .git", entry(`dirs=[{local="/a",link="x/.GIT/y"}]`), "must not contain .git"},
-		{"service twice", entry("") + "[[services]]\nmachine=\"m\"\nservice=\"prometheus.service\"\n", `service "prometheus": twice on machine "m"`},
-		{"service on two machines", entry("") + "[[services]]\nmachine=\"other\"\nservice=\"prometheus\"\n", ""},
-		{"checkouts nest", entry("") + "[[services]]\nmachine=\"m\"\nservice=\"x\"\nmount=\"/srv/c/prometheus/etc\"\ndirs=[{link=\"a\"}]\n" + "[[services]]\nmachine=\"m\"\nservice=\"y\"\nmount=\"/srv/c/prometheus/etc/x/a\"\n", `link`},
-		{"same checkout", entry("") + "[[services]]\nmachine=\"m2\"\nservice=\"prometheus\"\n", `"prometheus": twice on machine`},
-		{"no such host", strings.Replace(entry(""), `machine = "m"`, `machine = "*"`, 1), `machine "*": `},
-		{"other machine is checked", entry("") + "[[services]]\nmachine=\"other\"\nservice=\"a/b\"\n", `services[1] "a/b": service "a/b"`},
-		{"all at once", entry("action=\"x\"\nbranch=\"..\"\nuser=\"-\""), "branch \"..\": must be a valid branch name\n/etc/gitopper/config.toml: services[0] \"prometheus\": user \"-\": must be an account name\n/etc/gitopper/config.toml: services[0] \"prometheus\": action \"x\""},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			o := options{config: "/etc/gitopper/config.toml", names: []string{"m", "m2"}, stateDir: "/var/lib/gitopper"}
-			c, err := loadConfig(o, configFiles(map[string]string{o.config: tc.text, "/etc/gitopper/k.pub": testKey, "/etc/gitopper/bad.pub": "ssh-ed25519 AAAA"}))
-			if tc.want == "" && err != nil || tc.want != "" && err == nil {
-				t.Fatalf("got %v and %v, want an error with %q", c, err, tc.want)
-			}
-			if err != nil && !strings.Contains(strings.ReplaceAll(err.Error(), "/etc/gitopper/config.toml: services[0] \"prometheus\": check", "\"prometheus\": check"), tc.want) &&
-				!containsLines(err.Error(), tc.want) {
-				t.Errorf("got:\n%v\nwant in it:\n%s", err, tc.want)
-			}
-		})
+	if !containsLines(got, tc.want) || tc.want == "" && got != "" {
+		t.Errorf("got:\n%s\nwant in it:\n%s", got, tc.want)
 	}
 }
 
@@ -115,8 +66,172 @@ func containsLines(text, want string) bool {
 	return true
 }
 
-// TestWrongDefaultIsToldOnce: not once for each entry that has it.
-func TestWrongDefaultIsToldOnce(t *testing.T) {
+func TestConfigText(t *testing.T) {
+	swap := func(old, now string) string { return strings.Replace(configEntry, old, now, 1) }
+	for _, tc := range []configCase{
+		{"minimal", configEntry, ""},
+		{"no services", configGlobal, ""},
+		{"names in capitals", configEntry + "Branch = 'x'\n", ""},
+		{"all options", configEntry + `branch = "canary/1"
+user = "prometheus"
+package = "prometheus"
+action = "reload"
+check = ["promtool", "check"]
+fallback = false
+settle = "10s"
+signers = "/etc/signers"
+dirs = [{local = "/etc/prometheus", link = "prom/etc/"}, {link = "a/../b", file = true}]`, ""},
+
+		{"syntax", "[global\n", "line 1, column 8: expected"},
+		{"syntax at the end", configEntry + "[[services]\n", "line 8, column 12: expected"},
+		{"not toml", "\x00", "line 1"},
+		{"unknown option", configEntry + "acton = 'reload'",
+			`services[0] "prometheus": acton: unknown option, expected one of action, branch, check`},
+		{"unknown table", configEntry + "[globall]\n", "top level: globall: unknown option"},
+		{"no key", "[global]\n", "keys: at least one"},
+		{"key without path", swap("path", "ro = true, path2"), "keys[0]: path2: unknown option"},
+		{"missing key file", swap("k.pub", "/nope"), "keys[0]: open /nope: no such file"},
+		{"bad key file", swap("k.pub", "bad.pub"), "keys[0]: /etc/gitopper/bad.pub: "},
+		{"other machine is checked", configEntry + "[[services]]\nmachine='other'\nservice='a/b'\n",
+			`services[1] "a/b": service "a/b"`},
+		{"all at once", configEntry + "action='x'\nbranch='..'\nuser='-'\nsettle=5\nsigner=''",
+			`services[0] "prometheus": branch "..": must be a valid branch name
+services[0] "prometheus": user "-": must be an account name
+services[0] "prometheus": action "x"
+services[0] "prometheus": settle: must be a duration
+services[0] "prometheus": signer: unknown option`},
+	} {
+		t.Run(tc.name, tc.run)
+	}
+}
+
+// A value of the wrong type is told with its line and column, in whichever entry it stands.
+func TestConfigWrongType(t *testing.T) {
+	for _, tc := range []configCase{
+		{"in the first entry", configPair("branch = 5\n", "branch = 'b'"),
+			`line 8, column 10: services[0] "prometheus": branch: must be a string`},
+		{"in the last", configPair("branch = 'b'", "#branch = 4\n  branch =   5"),
+			`line 13, column 14: services[1] "caddy": branch: must be a string`},
+		{"list", configEntry + "check = 'nginx -t'",
+			`line 8, column 9: services[0] "prometheus": check: must be a list of strings`},
+		{"dirs", configEntry + "dirs = 'x'",
+			`line 8, column 8: services[0] "prometheus": dirs: must be a list of tables`},
+		{"in a dir", configEntry + "dirs = [{link = 'a'}, {link = 'ä', file = 'b'}]",
+			`line 8, column 43: services[0] "prometheus": dirs[1]: file: must be true or false`},
+		{"in a dir of many lines", configEntry + "dirs = [\n  {link = 'a'},\n  {link = 5},\n]",
+			`line 10, column 11: services[0] "prometheus": dirs[1]: link: must be a string`},
+		{"no dir", configEntry + "dirs = ['x']",
+			`line 8, column 8: services[0] "prometheus": dirs[0]: must be a table`},
+		{"settle", configEntry + "settle = '6m'",
+			`line 8, column 10: services[0] "prometheus": settle: must be a duration of at most 5m, such`},
+		{"settle without unit", configEntry + "settle = 5", `settle: must be a duration`},
+		{"in global", strings.Replace(configEntry, `"/srv/c"`, "[]", 1),
+			"line 3, column 9: [global]: mount: must be a string"},
+		{"in a key", strings.Replace(configEntry, `"k.pub"`, "3", 1),
+			"line 4, column 17: [global]: keys[0]: path: must be a string"},
+		{"no global", "global = 3\n", "[global]: must be a table"},
+		{"no services", "services = 3\n" + configGlobal,
+			"line 1, column 12: top level: services: must be a list of tables"},
+		{"written unusually", configEntry + "\"branch\" = 5",
+			`services[0] "prometheus": branch: must be a string`},
+	} {
+		t.Run(tc.name, tc.run)
+	}
+}
+
+func TestConfigRules(t *testing.T) {
+	entry := func(lines string) string { return configEntry + lines }
+	swap := func(old, now string) string { return strings.Replace(configEntry, old, now, 1) }
+	for _, tc := range []configCase{
+		{"no upstream", entry("upstream = ''"), `upstream "": required`},
+		{"upstream is an option", entry("upstream = '--upload-pack=x'"),
+			`upstream "--upload-pack=x": must be a URL`},
+		{"upstream is a helper", entry("upstream = 'ext::sh -c x'"), "must not name a transport helper"},
+		{"upstream of another kind", entry("upstream = 'ftp://x/y'"),
+			"must be an https, http, ssh, git or file URL"},
+		{"upstream is relative", entry("upstream = 'x/y'"), "a path must be absolute"},
+		{"upstream with a password", entry("upstream = 'gopher://u:secret@h/y'"),
+			`upstream "gopher://***h/y"`},
+		{"scp-like upstream", entry("upstream = 'git@example.org:x/y'"), ""},
+		{"relative mount", entry("mount = 'x'"), `mount "x": required, must be absolute`},
+		{"no machine", swap("machine", "#"), `machine "": required`},
+		{"no such host", swap(`"m"`, `"*"`), `machine "*": `},
+		{"service with slash", swap(`"prometheus"`, `"a/b"`), `service "a/b": required, must be a unit name`},
+		{"service is an option", swap(`"prometheus"`, `"-a"`), `service "-a"`},
+		{"user", entry("user = 'a b'"), `user "a b": must be an account name`},
+		{"package", entry("package = '-y'"), `package "-y": must be a package name`},
+		{"action", entry("action = 'relaod'"), `action "relaod": must be one of start, restart`},
+		{"empty check", entry("check = []"), "check: must have at least one word"},
+		{"signers", entry("signers = 'x'"), `signers "x": must be absolute`},
+	} {
+		t.Run(tc.name, tc.run)
+	}
+}
+
+func TestConfigDirs(t *testing.T) {
+	dirs := func(list string) string { return configEntry + "dirs = [" + list + "]" }
+	for _, tc := range []configCase{
+		{"local is /", dirs("{local='/x/..',link='a'}"), "must be an absolute path other than /"},
+		{"local is relative", dirs("{local='etc',link='a'}"), "must be an absolute path"},
+		{"local in mount", dirs("{local='/srv/c/x',link='a'}"),
+			`must not be in, around or equal to mount "/srv/c"`},
+		{"local of the system", dirs("{local='/etc/',link='a'}"),
+			`local "/etc/": must not be a directory that a system stands on`},
+		{"local around the config", dirs("{local='/etc/gitopper',link='a'}"),
+			"the directory of the config file"},
+		{"local in state", dirs("{local='/var/lib/gitopper/x',link='a'}"),
+			"must not be in, around or equal to the state directory"},
+		{"locals nest", dirs("{local='/a',link='a'},{local='/a/b',link='b'}"),
+			`dirs[1].local "/a/b": must not be in, around or equal to local "/a"`},
+		{"locals are neighbours", dirs("{local='/a/b',link='a'},{local='/a/bc',link='b'}"), ""},
+		{"only checked out", dirs("{link='a'},{link='b',local=''}"), ""},
+		{"link is missing", dirs("{local='/a'}"), `dirs[0].link "": required`},
+		{"link is absolute", dirs("{local='/a',link='/a'}"), `dirs[0].link "/a": must be relative`},
+		{"link leaves", dirs("{local='/a',link='a/../../b'}"), "must be a path inside the repository"},
+		{"link is everything", dirs("{local='/a',link='.'}"), "must be a path inside the repository"},
+		{"link into .git", dirs("{local='/a',link='x/.GIT/y'}"), "must not contain .git"},
+	} {
+		t.Run(tc.name, tc.run)
+	}
+}
+
+// What is a branch's name is what git thinks it is.
+func TestConfigBranch(t *testing.T) {
+	for _, name := range strings.Fields("main a/b v1.0 a@b ä -x a..b a/ /a a//b .a a/.b a.lock a.lock/b a. " +
+		"a~b a^b a:b a?b a* a[b a\\b @ HEAD a@{b a\x7fb lock a.lockb") {
+		want := ""
+		isRight := exec.Command("git", "check-ref-format", "--branch", name).Run() == nil
+		if !isRight || name == "@" { // which it reads as HEAD
+
+			want = "must be a valid branch name"
+		}
+		t.Run(name, configCase{text: configEntry + fmt.Sprintf("branch = %+q", name), want: want}.run)
+	}
+}
+
+func TestConfigConflicts(t *testing.T) {
+	for _, tc := range []configCase{
+		{"service twice", configEntry + "[[services]]\nmachine='m'\nservice='prometheus.service'\n",
+			`service "prometheus": twice on machine "m"`},
+		{"twice by two names", configEntry + "[[services]]\nmachine='m2'\nservice='prometheus'\n",
+			`service "prometheus": twice on machine`},
+		{"on two machines", configEntry + "[[services]]\nmachine='other'\nservice='prometheus'\n", ""},
+		{"locals nest", configPair("dirs=[{local='/etc/x',link='x'}]", "dirs=[{local='/etc/x/y',link='y'}]"),
+			`"prometheus" and "caddy": locals "/etc/x" and "/etc/x/y": must not be the same or nest`},
+		{"local in the other's checkout", configPair("dirs=[{local='/c/caddy/x',link='x'}]", "mount='/c'"),
+			`service "prometheus": local "/c/caddy/x": must not be in, around or equal to checkout "/c/c`},
+		{"checkouts nest", configPair("dirs=[{link='etc'}]", "mount='/srv/c/prometheus/other'"), ""},
+		{"checkout is the other's link", configPair("dirs=[{link='caddy'}]", "mount='/srv/c/prometheus'"),
+			`/srv/c/prometheus/caddy of "caddy": must not be at or below link /srv/c/prometheus/caddy`},
+		{"checkout below the other's", configPair("dirs=[{link='etc'}]", "mount='/srv/c/prometheus/etc/x'"),
+			`checkout /srv/c/prometheus/etc/x/caddy of "caddy": must not be at or below link`},
+	} {
+		t.Run(tc.name, tc.run)
+	}
+}
+
+// TestConfigWrongDefaultIsToldOnce: not once for each entry that has it.
+func TestConfigWrongDefaultIsToldOnce(t *testing.T) {
 	o := options{config: "/c/config.toml", names: []string{"m"}, stateDir: "/var/lib/gitopper"}
 	_, err := loadConfig(o, configFiles(map[string]string{"/c/k.pub": testKey, o.config: `[global]
 upstream = "/u.git"
@@ -138,7 +253,7 @@ branch = "a..b"
 	}
 }
 
-func TestLoadConfigMergesDefaults(t *testing.T) {
+func TestConfigDefaults(t *testing.T) {
 	o := options{config: "/c/config.toml", names: []string{"m"}, stateDir: "/var/lib/gitopper"}
 	c, err := loadConfig(o, configFiles(map[string]string{"/c/k.pub": testKey, o.config: `[global]
 upstream = "/u.git"
@@ -154,6 +269,9 @@ keys = [{path = "k.pub", ro = true}]
 machine = "m"
 service = "a"
 [[services]]
+machine = "other"
+service = "a"
+[[services]]
 machine = "m"
 service = "b"
 action = ""
@@ -164,29 +282,66 @@ user = ""
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := spec{upstream: "/u.git", branch: "b", mount: "/srv/c", machine: "m", service: "a", user: "u", action: "reload", settle: time.Second, signers: "/s"}
+	a := spec{
+		upstream: "/u.git", branch: "b", mount: "/srv/c", machine: "m", service: "a", user: "u",
+		action: "reload", settle: time.Second, signers: "/s",
+	}
 	b := a
 	b.service, b.action, b.fallback, b.settle, b.user = "b", "", true, 0, ""
 	if got, want := fmt.Sprint(c.services), fmt.Sprint([]spec{a, b}); got != want {
 		t.Errorf("got  %v\nwant %v", got, want)
 	}
-	if got, want := fmt.Sprint(c.keys[0].path, c.keys[0].ro, c.machines), "/c/k.pubtrue [m]"; got != want {
+	// Each machine once, in the file's order.
+	got, want := fmt.Sprint(c.keys[0].path, c.keys[0].ro, c.machines), "/c/k.pubtrue [m other]"
+	if got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 }
 
+// A config that was right is there for the next start, with its key files, but not for another config file.
+func TestConfigKept(t *testing.T) {
+	o := options{config: "/c/config.toml", names: []string{"m"}, stateDir: t.TempDir()}
+	if c, err := loadKept(o); err == nil {
+		t.Errorf("kept before there was one: %v", c)
+	}
+	c, err := loadConfig(o, configFiles(map[string]string{"/c/k.pub": testKey, o.config: configEntry}))
+	if err == nil {
+		err = c.keep(o.stateDir)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := loadKept(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := fmt.Sprintf("%+v", kept), fmt.Sprintf("%+v", c); got != want {
+		t.Errorf("got %s\nwant %s", got, want)
+	}
+	if fi, err := os.Stat(keptFile(o.stateDir)); err != nil || fi.Mode() != 0o600 {
+		t.Errorf("%v, %v: want it to be root's alone", fi, err)
+	}
+	o.config = "/other/config.toml"
+	if c, err := loadKept(o); err == nil {
+		t.Errorf("kept for another file: %v", c)
+	}
+}
+
 func FuzzLoadConfig(f *testing.F) {
-	f.Add("[global]\nupstream = \"/u\"\nmount = \"/m\"\nkeys = [{path = \"/k\"}]\n[[services]]\nmachine = \"m\"\nservice = \"s\"\ndirs = [{local = \"/l\", link = \"a/b\"}]\n")
+	f.Add(configEntry + "dirs = [{local = '/l', link = 'a/b'}]\n")
+	f.Add(configPair("check = 3", "dirs = ['x']\n"))
 	f.Add("\x7f")
 	f.Add("services = 3\n[global]\nkeys = {}\n")
 	f.Fuzz(func(t *testing.T, text string) {
-		o := options{config: "/c", names: []string{"m"}, stateDir: "/var/lib/gitopper"}
-		c, err := loadConfig(o, configFiles(map[string]string{"/c": text, "/k": testKey}))
+		o := options{config: "/etc/gitopper/c", names: []string{"m"}, stateDir: "/var/lib/gitopper"}
+		files := map[string]string{o.config: text, "/etc/gitopper/k.pub": testKey}
+		c, err := loadConfig(o, configFiles(files))
 		if err != nil {
 			return
 		}
 		for _, s := range c.services {
-			if again := s; len(again.validate(o.stateDir, o.config)) > 0 || fmt.Sprint(again) != fmt.Sprint(s) {
+			again := s
+			if len(again.validate(o.stateDir, o.config)) > 0 || fmt.Sprint(again) != fmt.Sprint(s) {
 				t.Errorf("accepted, but not when looked at again: %+v", s)
 			}
 		}

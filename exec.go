@@ -26,8 +26,8 @@ import (
 // localLimit bounds programs that need no network and have no limit of their own.
 const localLimit = time.Minute
 
-// stopping is how our end is told to what works: soft is done when no new step may be begun, and ends what only waits;
-// hard is done ten seconds later, for steps that must not be cut in two.
+// stopping is how our end is told to what works: soft is done when no new step may be begun, and ends what
+// only waits; hard is done ten seconds later, for steps that must not be cut in two.
 type stopping struct{ soft, hard context.Context }
 
 // program is a program to be run, and what bounds it.
@@ -42,11 +42,11 @@ type program struct {
 	private          bool   // its words may quote what only those who may write should read, see quote
 }
 
-// execute runs a program to its end and returns its standard output, unless cmd.Stdout takes that. It is the only way in
-// which programs are run: without a shell, in the C locale, in a session of its own. When ctx is done or the limit has
-// passed, its process group gets the end signal; after SIGKILL nothing is waited for, while a program that was only asked
-// to end is waited for as long as it takes. What it leaves behind in its group is killed. The error holds its last words,
-// or names the limit.
+// execute runs a program to its end and returns its standard output, unless cmd.Stdout takes that. It is the
+// only way in which programs are run: without a shell, in the C locale, in a session of its own. When ctx is
+// done or the limit has passed, its process group gets the end signal; after SIGKILL nothing is waited for,
+// while a program that was only asked to end is waited for as long as it takes. What it leaves behind in its
+// group is killed. The error holds its last words, or names the limit.
 func execute(ctx context.Context, p program) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("%s: %w", p.name, err)
@@ -104,10 +104,12 @@ func execute(ctx context.Context, p program) ([]byte, error) {
 // bound sets the limits of a program that was just started. See prlimit(2) and proc_pid_oom_score_adj(5).
 func (p *program) bound() {
 	pid := p.cmd.Process.Pid
-	for resource, max := range map[uintptr]uint64{syscall.RLIMIT_DATA: p.memory, syscall.RLIMIT_FSIZE: p.fileSize} {
-		if max > 0 {
-			limit := [2]uint64{max, max}
-			_, _, _ = syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), resource, uintptr(unsafe.Pointer(&limit)), 0, 0, 0)
+	limits := map[uintptr]uint64{syscall.RLIMIT_DATA: p.memory, syscall.RLIMIT_FSIZE: p.fileSize}
+	for resource, most := range limits {
+		if most > 0 {
+			limit := [2]uint64{most, most}
+			at := uintptr(unsafe.Pointer(&limit))
+			_, _, _ = syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), resource, at, 0, 0, 0)
 		}
 	}
 	if p.sacrifice {
@@ -118,7 +120,8 @@ func (p *program) bound() {
 // wait waits for a started program, and ends it when ctx is done or its limit has passed.
 func (p *program) wait(ctx context.Context) error {
 	pid := p.cmd.Process.Pid
-	limited, cancel := context.WithTimeoutCause(ctx, p.limit, fmt.Errorf("took longer than %v and was ended", p.limit))
+	tooLong := fmt.Errorf("took longer than %v and was ended", p.limit)
+	limited, cancel := context.WithTimeoutCause(ctx, p.limit, tooLong)
 	defer cancel()
 
 	stop := context.AfterFunc(limited, func() {
@@ -168,7 +171,8 @@ func (t *tail) last() string {
 	return strings.ToValidUTF8(s[max(0, len(s)-800):], "")
 }
 
-// bounded passes on what is written to it, as long as that is not absurdly much, and keeps the error that it meets.
+// bounded passes on what is written to it, as long as that is not absurdly much, and keeps the error that it
+// meets.
 type bounded struct {
 	to  io.Writer
 	n   int
@@ -205,8 +209,9 @@ func (a account) credential() *syscall.Credential {
 	return &syscall.Credential{Uid: uint32(a.uid), Gid: uint32(a.gid), Groups: a.groups}
 }
 
-// lookupAccount finds a user by name; the empty name is ourselves. The name service is asked through getent(1) where
-// the files alone don't know the user, for a static binary has no other way to LDAP and the like.
+// lookupAccount finds a user by name; the empty name is ourselves. The name service is asked through
+// getent(1) where the files alone don't know the user, for a static binary has no other way to LDAP and the
+// like.
 func lookupAccount(ctx context.Context, name string) (account, error) {
 	if name == "" {
 		home := os.Getenv("HOME")
@@ -220,9 +225,11 @@ func lookupAccount(ctx context.Context, name string) (account, error) {
 	if err != nil {
 		cmd := exec.Command("getent", "passwd", name)
 		out, err := execute(ctx, program{name: "getent passwd " + name, cmd: cmd, limit: localLimit})
-		f := strings.Split(strings.TrimSpace(string(out)), ":") // prometheus:x:109:117::/var/lib/prometheus:/usr/sbin/nologin
+		// prometheus:x:109:117::/var/lib/prometheus:/usr/sbin/nologin
+		f := strings.Split(strings.TrimSpace(string(out)), ":")
 		if err != nil || len(f) < 7 {
-			return account{}, fmt.Errorf("user %q does not exist: create it, or name the package that brings it", name)
+			return account{}, fmt.Errorf("user %q does not exist: create it, "+
+				"or name the package that brings it", name)
 		}
 		u = &user.User{Username: f[0], Uid: f[2], Gid: f[3], HomeDir: f[5]}
 	}
@@ -242,8 +249,8 @@ func lookupAccount(ctx context.Context, name string) (account, error) {
 	return a, nil
 }
 
-// removeTree removes a directory in which others can write, if it is there: rm(1) needs few descriptors however deep it is,
-// and is ended where somebody refills it faster than it is emptied.
+// removeTree removes a directory in which others can write, if it is there: rm(1) needs few descriptors
+// however deep it is, and is ended where somebody refills it faster than it is emptied.
 func removeTree(ctx context.Context, name string) error {
 	if !lexists(name) {
 		return nil
@@ -295,8 +302,8 @@ func digest(parts ...string) string {
 	return hex.EncodeToString(sum[:16])
 }
 
-// setLogger makes slog write one line an event to w: with a <N> priority and no time where the journal reads along, which
-// has its own (sd-daemon(3), systemd.exec(5) on JOURNAL_STREAM).
+// setLogger makes slog write one line an event to w: with a <N> priority and no time where the journal reads
+// along, which has its own (sd-daemon(3), systemd.exec(5) on JOURNAL_STREAM).
 func setLogger(w io.Writer, debug bool) {
 	level := slog.LevelInfo
 	if debug {
@@ -324,8 +331,8 @@ func (h lineHandler) WithAttrs([]slog.Attr) slog.Handler           { return h } 
 func (h lineHandler) Handle(_ context.Context, r slog.Record) error {
 	var b strings.Builder
 	if h.journal {
-		n := map[slog.Level]int{slog.LevelDebug: 7, slog.LevelInfo: 6, slog.LevelWarn: 4, slog.LevelError: 3}[r.Level]
-		fmt.Fprintf(&b, "<%d>", n)
+		n := map[slog.Level]int{slog.LevelDebug: 7, slog.LevelInfo: 6, slog.LevelWarn: 4, slog.LevelError: 3}
+		fmt.Fprintf(&b, "<%d>", n[r.Level])
 	} else {
 		b.WriteString(r.Time.Format("2006-01-02T15:04:05.000Z07:00 ") + r.Level.String() + " ")
 	}
@@ -348,8 +355,8 @@ var (
 	marked = regexp.MustCompile(`(?s)` + markOpen + `.*?` + markClose)
 )
 
-// quote marks the words of a program that may quote what not everybody should read: they are told to keys that may write,
-// and to the log.
+// quote marks the words of a program that may quote what not everybody should read: they are told to keys
+// that may write, and to the log.
 func quote(words string) string { return markOpen + unmark(words) + markClose }
 
 // unmark returns a text with its private words, for those who may read them.
@@ -373,8 +380,8 @@ func redact(s string) string {
 	return s
 }
 
-// oneLine makes a program's words one line of an info or a log, without what could steer a terminal. Marks of private
-// words stay.
+// oneLine makes a program's words one line of an info or a log, without what could steer a terminal. Marks of
+// private words stay.
 func oneLine(s string) string {
 	lines := strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' })
 	s = strings.Map(func(r rune) rune {

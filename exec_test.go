@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"os/exec"
-	"strings"
 	"testing"
 	"time"
 )
@@ -12,29 +11,38 @@ func TestExecute(t *testing.T) {
 	ctx := context.Background()
 	dead, cancel := context.WithCancel(ctx)
 	cancel()
+	minute := time.Minute
 	for _, tc := range []struct {
-		name   string
-		ctx    context.Context
-		limit  time.Duration
-		script string
-		out    string
-		err    string
+		name        string
+		ctx         context.Context
+		limit       time.Duration
+		script      string
+		out, wanted string // of standard output; in the error, "" is none
 	}{
-		{"output", ctx, time.Minute, "echo a; echo b >&2", "a\n", ""},
-		{"words", ctx, time.Minute, "echo first >&2; echo last >&2; exit 3", "", "job: exit status 3: first; last"},
-		{"limit", ctx, 50 * time.Millisecond, "echo waiting >&2; sleep 100 & wait", "", "job: took longer than 50ms and was ended: waiting"},
-		{"ended before", dead, time.Minute, "echo a", "", "job: context canceled"},
-		{"locale", ctx, time.Minute, "echo $LC_ALL", "C\n", ""},
-		{"left behind", ctx, time.Minute, "setsid sleep 100 & echo a", "a\n", ""},
-		{"endless output", ctx, time.Minute, "head -c 90000000 /dev/zero", "", "job: more than 64 MiB of output"},
-		{"leaves its group", ctx, 200 * time.Millisecond, "exec 2>/dev/null; set -m; sleep 3 & wait", "", "took longer than 200ms"},
-		{"much output", ctx, time.Minute, "yes x | head -100000 >&2; exit 1", "", "x; x"},
+		{"output", ctx, minute, "echo a; echo b >&2", "a\n", ""},
+		{"locale", ctx, minute, "echo $LC_ALL", "C\n", ""},
+		{"left behind", ctx, minute, "setsid sleep 100 & echo a", "a\n", ""},
+		{"words", ctx, minute, "echo first >&2; echo last >&2; exit 3", "",
+			"job: exit status 3: first; last"},
+		{"limit", ctx, 50 * time.Millisecond, "echo waiting >&2; sleep 100 & wait", "",
+			"job: took longer than 50ms and was ended: waiting"},
+		{"leaves its group", ctx, 200 * time.Millisecond, "exec 2>/dev/null; set -m; sleep 3 & wait", "",
+			"took longer than 200ms"},
+		{"ended before", dead, minute, "echo a", "", "job: context canceled"},
+		{"endless output", ctx, minute, "head -c 90000000 /dev/zero", "", "job: more than 64 MiB of output"},
+		{"many words", ctx, minute, "yes x | head -100000 >&2; exit 1", "", "x; x"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			out, err := execute(tc.ctx, program{name: "job", cmd: exec.Command("bash", "-c", tc.script), limit: tc.limit})
-			if string(out) != tc.out && tc.err == "" || (err == nil) != (tc.err == "") || err != nil && (!strings.Contains(err.Error(), tc.err) || len(err.Error()) > 1000) {
-				t.Errorf("got %.100q, %v; want %q, %q", out, err, tc.out, tc.err)
+			cmd := exec.Command("bash", "-c", tc.script)
+			out, err := execute(tc.ctx, program{name: "job", cmd: cmd, limit: tc.limit})
+			switch {
+			case !errorSays(err, tc.wanted):
+				t.Errorf("error %v, want %q", err, tc.wanted)
+			case err != nil && len(err.Error()) > 1000:
+				t.Errorf("an error of %d bytes", len(err.Error()))
+			case err == nil && string(out) != tc.out:
+				t.Errorf("got %.100q, want %q", out, tc.out)
 			}
 		})
 	}

@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"maps"
 	"os"
@@ -70,12 +69,11 @@ type diff struct {
 type found int
 
 const (
-	missing  found = iota
-	blocked        // something that is no directory, and not ours, lies above the path
-	asWanted       //
-	crooked        // the wanted content with another owner, group or mode
-	ours           // what we put there, but not what is wanted now
-	theirs         // anything else
+	missing found = iota
+	blocked       // something that is no directory, and not ours, lies above the path
+	asWanted
+	ours   // what we put there, but not what is wanted now, or with another owner, group or mode
+	theirs // anything else
 )
 
 // add tells what is to be done about a path. known says that the manifest has it as live.
@@ -120,29 +118,38 @@ func (f *files) compare(ctx context.Context, want tree) (diff, error) {
 			return d, fmt.Errorf("%s/%s: %w", f.dir, p, err)
 		}
 		_, wanted := want[p]
+		// In a publish that was cut short nobody knows which of the blobs was live: what is none of them
+		// counts as somebody's own then, and is kept as well.
 		if wanted || there != missing {
 			d.add(p, wanted, len(m.known[p]) > 0 && !m.pending(), there)
 		}
 	}
-	if err := f.missingLinks(live, &d); err != nil {
-		return d, err
+	for _, l := range f.dirs {
+		if l.kind == aFile {
+			continue
+		}
+		_, err := live.to(l.link)
+		there, err := f.standing(live, err)
+		if err != nil {
+			return d, fmt.Errorf("%s/%s: %w", f.dir, l.link, err)
+		}
+		d.add(l.link, true, false, there)
+	}
+	for _, list := range []*[]string{&d.put, &d.alien} {
+		slices.Sort(*list)
+		*list = slices.Compact(*list)
+	}
+	if len(d.put)+len(d.gone) == 0 {
+		return d, nil
 	}
 	return d, f.mountsInTheWay(top, d)
 }
 
 // paths returns all paths of the manifest and of want, sorted.
 func (f *files) paths(want tree) []string {
-	m := f.load()
-	more := slices.Clip(m.paths)
-	for p := range want {
-		if _, ok := m.known[p]; !ok {
-			more = append(more, p)
-		}
-	}
-	if len(more) > len(m.paths) {
-		slices.Sort(more)
-	}
-	return more
+	all := slices.AppendSeq(slices.Clone(f.load().paths), maps.Keys(want))
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 // look says what is live under a path. paths, all of ours and all that are wanted, are sorted.
@@ -153,24 +160,19 @@ func (f *files) look(ctx context.Context, live *descent, p string, want blob, pa
 	if err == nil {
 		st, err = dir.lstat(path.Base(p))
 	}
-	switch {
-	case err == syscall.ENOENT, notThere(err) && len(f.m.known[live.stuck]) > 0:
-		return missing, nil
-	case notThere(err):
-		return blocked, nil
-	case err != nil:
-		return missing, err
+	if there, err := f.standing(live, err); there != asWanted {
+		return there, err
 	}
 
 	isDir := st.Mode&syscall.S_IFMT == syscall.S_IFDIR
 	if isDir && (want == blob{} || len(known) == 0) && anyBelow(paths, p) {
 		if want == (blob{}) {
-			return missing, nil // a directory now, of other paths of ours
+			return missing, nil // what was a file of ours is a directory of ours by now
 		}
-		return ours, nil
+		return ours, nil // a directory of ours stands where a file is to be
 	}
 	has, err := f.match(ctx, dir, path.Base(p), &st, known)
-	perm, uid, gid := f.attributes(want)
+	isLink, wantsLink := has.mode == "120000", want.mode == "120000"
 	switch {
 	case err != nil:
 		return missing, err
@@ -178,14 +180,26 @@ func (f *files) look(ctx context.Context, live *descent, p string, want blob, pa
 		return asWanted, nil
 	case has == blob{}:
 		return theirs, nil
-	case has.id != want.id, (has.mode == "120000") != (want.mode == "120000"):
+	case has.id != want.id, isLink != wantsLink, int(st.Uid) != f.acct.uid, int(st.Gid) != f.acct.gid:
 		return ours, nil
-	case int(st.Uid) != uid, int(st.Gid) != gid:
-		return crooked, nil
-	case has.mode != "120000" && st.Mode&0o7777 != perm:
-		return crooked, nil
+	case !isLink && st.Mode&0o7777 != want.perm():
+		return ours, nil
 	}
 	return asWanted, nil
+}
+
+// standing says what is under a path to which the descent ended with an error: asWanted, as far as that goes,
+// where there was none.
+func (f *files) standing(live *descent, err error) (found, error) {
+	switch {
+	case err == nil:
+		return asWanted, nil
+	case err == syscall.ENOENT, notThere(err) && len(f.m.known[live.stuck]) > 0:
+		return missing, nil
+	case notThere(err):
+		return blocked, nil
+	}
+	return missing, err
 }
 
 // anyBelow says whether one of the sorted paths lies below dir.
@@ -194,55 +208,55 @@ func anyBelow(paths []string, dir string) bool {
 	return i < len(paths) && strings.HasPrefix(paths[i], dir+"/")
 }
 
-// attributes returns what a file of a tree is to have.
-func (f *files) attributes(b blob) (perm uint32, uid, gid int) {
-	perm = 0o644
+// perm returns the permission bits of a file that shows the blob.
+func (b blob) perm() uint32 {
 	if b.mode == "100755" {
-		perm = 0o755
+		return 0o755
 	}
-	return perm, f.acct.uid, f.acct.gid
+	return 0o644
 }
 
 // match says which of the blobs that we put there a name in a directory still is; zero: none. What it had to
 // read for that it notes, unless the file changed a moment ago.
 func (f *files) match(ctx context.Context, dir place, name string, st *syscall.Stat_t,
 	known []noted) (blob, error) {
-	if i := slices.IndexFunc(known, func(n noted) bool { return n.untouched(st) }); i >= 0 {
+	if i := slices.IndexFunc(known, func(n noted) bool { return n.stamp == stampOf(st) }); i >= 0 {
 		return known[i].blob, nil
 	}
 
 	id, err := "", error(nil)
 	switch st.Mode & syscall.S_IFMT {
 	case syscall.S_IFLNK:
-		id, err = linkID(dir, name, known)
+		to := ""
+		if to, err = os.Readlink(dir.path() + "/" + name); err == nil {
+			id, err = contentID(ctx, strings.NewReader(to), int64(len(to)), known)
+		}
 	case syscall.S_IFREG:
 		if !f.mayRead(st.Size, known) {
 			return blob{}, nil
 		}
 		var file *os.File
 		if file, *st, err = dir.openFile(name); err == nil {
-			id, err = fileID(ctx, file, st.Size, known)
+			id, err = contentID(ctx, file, st.Size, known)
 			file.Close()
 		}
-	case syscall.S_IFDIR:
-		id = "160000"
 	}
 	if err != nil {
 		return blob{}, ctx.Err() // it changes under our eyes
 	}
 
-	for i := range known {
-		n := &known[i]
-		if n.id != id && n.mode != id || n.kind() != st.Mode&syscall.S_IFMT {
-			continue
-		}
-		n.note(st)
-		if time.Since(time.Unix(st.Ctim.Unix())) < youngest {
-			n.ctime = 0
-		}
-		return n.blob, nil
+	kind := st.Mode & syscall.S_IFMT
+	i := slices.IndexFunc(known, func(n noted) bool {
+		return n.kind() == kind && (n.id == id || kind == syscall.S_IFDIR)
+	})
+	if i < 0 {
+		return blob{}, nil
 	}
-	return blob{}, nil
+	known[i].stamp = stampOf(st)
+	if time.Since(time.Unix(st.Ctim.Unix())) < youngest {
+		known[i].ctime = 0
+	}
+	return known[i].blob, nil
 }
 
 // mayRead says whether a file of that size can be one of known.
@@ -259,23 +273,19 @@ func (f *files) mayRead(size int64, known []noted) bool {
 	return false
 }
 
-// hashOf returns the hash of the ids in known.
-func hashOf(known []noted) hash.Hash {
+// contentID computes the id of a blob of size bytes as git does, by the hash of the ids in known. It reads no
+// further than size.
+func contentID(ctx context.Context, r io.Reader, size int64, known []noted) (string, error) {
+	h := sha1.New()
 	if len(known) > 0 && len(known[0].id) == 2*sha256.Size {
-		return sha256.New()
+		h = sha256.New()
 	}
-	return sha1.New()
-}
-
-// fileID computes the id of a file's content as git does. The file is read no further than size.
-func fileID(ctx context.Context, file *os.File, size int64, known []noted) (string, error) {
-	h := hashOf(known)
 	fmt.Fprintf(h, "blob %d\x00", size)
 	for left := size; left > 0; {
 		if err := ctx.Err(); err != nil {
 			return "", err
 		}
-		n, err := io.CopyN(h, file, min(left, 1<<20))
+		n, err := io.CopyN(h, r, min(left, 1<<20))
 		if err != nil {
 			return "", err
 		}
@@ -284,81 +294,27 @@ func fileID(ctx context.Context, file *os.File, size int64, known []noted) (stri
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// linkID is fileID of a symbolic link.
-func linkID(dir place, name string, known []noted) (string, error) {
-	to, err := os.Readlink(dir.path() + "/" + name)
-	h := hashOf(known)
-	fmt.Fprintf(h, "blob %d\x00%s", len(to), to)
-	return hex.EncodeToString(h.Sum(nil)), err
-}
-
-// missingLinks adds the links that should be directories and are not.
-func (f *files) missingLinks(live *descent, d *diff) error {
-	for _, l := range f.dirs {
-		if l.kind == aFile || slices.Contains(d.put, l.link) {
-			continue
-		}
-		if _, err := live.to(l.link); err == nil {
-			continue
-		} else if !notThere(err) {
-			return err
-		}
-		d.put = append(d.put, l.link)
-		if live.err != syscall.ENOENT && len(f.m.known[live.stuck]) == 0 {
-			d.alien = append(d.alien, l.link)
-		}
-	}
-	slices.Sort(d.put)
-	slices.Sort(d.alien)
-	return nil
-}
-
 // mountsInTheWay is an error where somebody mounted something on or around what is to change: files are
 // renamed into their places, which can't be done across mounts.
 func (f *files) mountsInTheWay(top place, d diff) error {
-	if len(d.put)+len(d.gone) == 0 {
-		return nil
-	}
 	here, err := os.Readlink(top.path())
 	if err != nil {
 		return err
 	}
-	table, err := os.ReadFile("/proc/self/mountinfo")
+	mounts, err := readMountinfo()
 	if err != nil {
 		return err
 	}
-
-	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
-	for line := range strings.Lines(string(table)) { // 36 35 98:0 /mnt1 /mnt2 rw,noatime - ext3 /dev/root rw
-		fields := strings.Fields(line)
-		if len(fields) < 5 {
-			continue
-		}
-		at, below := strings.CutPrefix(unescape.Replace(fields[4]), here+"/")
-		if !below {
-			continue
-		}
-		hit := func(p string) bool {
-			return p == at || strings.HasPrefix(p, at+"/") || strings.HasPrefix(at, p+"/")
-		}
-		if slices.ContainsFunc(d.put, hit) || slices.ContainsFunc(d.gone, hit) {
+	changes := slices.Concat(d.put, d.gone)
+	for _, m := range mounts {
+		at, below := strings.CutPrefix(m.point, here+"/")
+		isHit := func(p string) bool { return isBelow(p, at) || isBelow(at, p) }
+		if below && slices.ContainsFunc(changes, isHit) {
 			return brokenError{fmt.Errorf("%s/%s is a mount point, where files are to change: unmount it",
 				f.dir, at)}
 		}
 	}
 	return nil
-}
-
-// isAbove says whether a directory lies above the links, and so is root's.
-func (f *files) isAbove(dir string) bool {
-	above := false
-	for _, l := range f.dirs {
-		if l.link == dir || strings.HasPrefix(dir, l.link+"/") {
-			return false
-		}
-		above = above || strings.HasPrefix(l.link, dir+"/")
-	}
-	return above
 }
 
 // enough is an error while there is no more space than when staging the same failed for want of it.
@@ -381,32 +337,25 @@ func (f *files) enough(top place, want tree, d diff) (shortage, error) {
 
 // probe makes an empty stage, and tells of a file system that can't do what a publish needs.
 func (f *files) probe(top place, want tree) error {
-	ours, err := top.below(ourDir)
-	if err != nil {
-		return err
-	}
-	defer ours.close()
-
-	for _, name := range []string{"stage", "probe", "PROBE"} {
-		if err := os.RemoveAll(ours.path() + "/" + name); err != nil {
-			return err
+	const probe = ourDir + "/probe"
+	for _, name := range []string{stageDir, probe} {
+		err := os.RemoveAll(top.path() + "/" + name)
+		if err = errors.Join(err, syscall.Mkdirat(top.fd, name, 0o700)); err != nil {
+			return fmt.Errorf("%s/%s: %w", f.dir, name, err)
 		}
 	}
-	err = errors.Join(syscall.Mkdirat(ours.fd, "stage", 0o700), syscall.Mkdirat(ours.fd, "probe", 0o700))
-	if err != nil {
-		return fmt.Errorf("%s/%s: %w", f.dir, stageDir, err)
-	}
-	defer syscall.Rmdir(ours.path() + "/probe")
-	if err := renameat2(ours, "stage", ours, "probe", renameExchange); err != nil {
+	defer syscall.Rmdir(top.path() + "/" + probe)
+	if err := renameat2(top, stageDir, top, probe, renameExchange); err != nil {
 		return brokenError{fmt.Errorf("the file system of %s can't exchange two names (renameat2(2), "+
 			"RENAME_EXCHANGE): %w: use another mount, on ext4, xfs, btrfs or tmpfs", f.dir, err)}
 	}
 
-	if _, err := ours.lstat("PROBE"); err != nil {
+	if _, err := top.lstat(ourDir + "/PROBE"); err != nil {
 		return nil
 	}
 	if p, q := foldedTwice(want); p != "" { // the file system folds case
-		return brokenError{fmt.Errorf("the file system of %s takes %q and %q of the commit for one name", f.dir, p, q)}
+		return brokenError{fmt.Errorf("the file system of %s takes %q and %q of the commit for one name",
+			f.dir, p, q)}
 	}
 	return nil
 }
@@ -414,23 +363,18 @@ func (f *files) probe(top place, want tree) error {
 // noted is what the manifest knows of one path: what we put there, and what lstat(2) said of it then.
 type noted struct {
 	blob
+	stamp
+}
+
+// stamp is what lstat(2) says of a file. As long as it stays the same nobody can have changed the file.
+type stamp struct {
 	size         int64 // -1: not known
 	inode        uint64
 	mtime, ctime int64 // in ns; ctime 0: it may change again without another ctime, so it has to be read
 }
 
-const modeDir = "40000" // of a directory, in what is staged
-
-// note takes over what lstat(2) says.
-func (n *noted) note(st *syscall.Stat_t) {
-	n.size, n.inode = st.Size, st.Ino
-	n.mtime, n.ctime = st.Mtim.Nano(), st.Ctim.Nano()
-}
-
-// untouched says that nobody can have changed the file since it was noted.
-func (n *noted) untouched(st *syscall.Stat_t) bool {
-	same := n.inode == st.Ino && n.size == st.Size
-	return same && n.mtime == st.Mtim.Nano() && n.ctime == st.Ctim.Nano()
+func stampOf(st *syscall.Stat_t) stamp {
+	return stamp{st.Size, st.Ino, st.Mtim.Nano(), st.Ctim.Nano()}
 }
 
 // kind returns the type bits of a mode that stat(2) has for the blob.
@@ -438,7 +382,7 @@ func (n *noted) kind() uint32 {
 	switch n.mode {
 	case "120000":
 		return syscall.S_IFLNK
-	case "160000", modeDir:
+	case "160000":
 		return syscall.S_IFDIR
 	}
 	return syscall.S_IFREG
@@ -451,40 +395,37 @@ type manifest struct {
 	paths      []string           // of known, sorted
 }
 
+func newManifest(live, next version, known map[string][]noted) *manifest {
+	return &manifest{live, next, known, slices.Sorted(maps.Keys(known))}
+}
+
 // pending says that a publish was begun and not finished.
 func (m *manifest) pending() bool { return m.next != version{} }
 
 // begin returns the manifest of a publish of v.
 func (m *manifest) begin(v version, staged map[string]noted) *manifest {
-	b := &manifest{live: m.live, next: v, known: maps.Clone(m.known)}
+	known := maps.Clone(m.known)
 	for p, n := range staged {
-		if n.mode != modeDir {
-			same := func(o noted) bool { return o.blob == n.blob }
-			b.known[p] = append(slices.DeleteFunc(slices.Clone(m.known[p]), same), n)
-		}
+		same := func(o noted) bool { return o.blob == n.blob }
+		known[p] = append(slices.DeleteFunc(slices.Clone(m.known[p]), same), n)
 	}
-	b.paths = slices.Sorted(maps.Keys(b.known))
-	return b
+	return newManifest(m.live, v, known)
 }
 
-// settle returns the manifest after a publish.
-func (m *manifest) settle(v version, want tree, staged map[string]noted) *manifest {
-	s := &manifest{live: v, known: make(map[string][]noted, len(want))}
+// settle returns the manifest after the publish.
+func (m *manifest) settle(want tree) *manifest {
+	known := make(map[string][]noted, len(want))
 	for p, b := range want {
-		n, ok := staged[p]
+		n := noted{stamp: stamp{size: -1}}
 		for _, k := range m.known[p] {
-			if !ok && k.blob.id == b.id {
-				n = k
+			if k.id == b.id {
+				n = k // the last one is what was staged
 			}
 		}
-		if n.id == "" {
-			n.size = -1
-		}
 		n.blob = b
-		s.known[p] = []noted{n}
+		known[p] = []noted{n}
 	}
-	s.paths = slices.Sorted(maps.Keys(s.known))
-	return s
+	return newManifest(m.next, version{}, known)
 }
 
 // write writes the manifest, one line per path:
@@ -504,7 +445,7 @@ func (m *manifest) write(name string) error {
 		}
 	}
 	fmt.Fprintf(&b, "end %s\n", digest(b.String()))
-	return writeFile(name, b.Bytes())
+	return unwritten(writeFile(name, b.Bytes()))
 }
 
 // readManifest is an error where the manifest is missing, or not whole.
@@ -518,38 +459,33 @@ func readManifest(name string) (*manifest, error) {
 		return nil, fmt.Errorf("%s: not whole", name)
 	}
 
-	m := &manifest{known: map[string][]noted{}}
-	lines := strings.Split(body, "\n")
-	if len(lines) < 3 || lines[0] != "gitopper manifest 1" {
-		return nil, fmt.Errorf("%s: not a manifest that this gitopper knows", name)
-	}
-	_, err1 := fmt.Sscanf(lines[1], "live %q %q", &m.live.Commit, &m.live.Content)
-	_, err2 := fmt.Sscanf(lines[2], "next %q %q", &m.next.Commit, &m.next.Content)
-	err = errors.Join(err1, err2)
-	for _, line := range lines[3:] {
+	var live, next version
+	_, err = fmt.Sscanf(body, "gitopper manifest 1\nlive %q %q\nnext %q %q",
+		&live.Commit, &live.Content, &next.Commit, &next.Content)
+	known := map[string][]noted{}
+	for i, line := range strings.Split(body, "\n") {
 		var n noted
 		var p string
-		if err == nil {
-			_, err = fmt.Sscanf(line, "%s %s %d %d %d %d %q",
-				&n.mode, &n.id, &n.size, &n.inode, &n.mtime, &n.ctime, &p)
+		if err != nil || i < 3 {
+			continue
 		}
-		m.known[p] = append(m.known[p], n)
+		_, err = fmt.Sscanf(line, "%s %s %d %d %d %d %q",
+			&n.mode, &n.id, &n.size, &n.inode, &n.mtime, &n.ctime, &p)
+		known[p] = append(known[p], n)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
+		return nil, fmt.Errorf("%s: not a manifest that this gitopper knows: %w", name, err)
 	}
-	m.paths = slices.Sorted(maps.Keys(m.known))
-	return m, nil
+	return newManifest(live, next, known), nil
 }
 
 // load returns the manifest; one that can't be read is empty.
 func (f *files) load() *manifest {
 	if f.m == nil {
-		m, err := readManifest(f.manifest)
-		if err != nil {
-			m = &manifest{known: map[string][]noted{}}
+		var err error
+		if f.m, err = readManifest(f.manifest); err != nil {
+			f.m = newManifest(version{}, version{}, map[string][]noted{})
 		}
-		f.m = m
 	}
 	return f.m
 }
@@ -566,18 +502,21 @@ func (f *files) pending() bool {
 // killed pass staged. (What one published waits for clear.) known is what the unit was last told of: it
 // stands in for a manifest that was lost.
 func (f *files) prepare(ctx context.Context, known tree) error {
-	top, err := f.layOut()
+	if err := f.takeDirectory(); err != nil {
+		return err
+	}
+	top, err := openOwn(f.dir)
 	if err != nil {
 		return err
 	}
 	defer top.close()
 
-	lost := f.load().live == version{} && len(f.m.known) == 0
-	if lost {
+	if m := f.load(); m.live == (version{}) && len(m.known) == 0 {
+		lost := map[string][]noted{}
 		for p, b := range known {
-			f.m.known[p] = []noted{{blob: b, size: -1}}
+			lost[p] = []noted{{b, stamp{size: -1}}}
 		}
-		f.m.paths = slices.Sorted(maps.Keys(f.m.known))
+		f.m = newManifest(version{}, m.next, lost)
 	}
 	f.settled, f.staged = nil, nil
 	return os.RemoveAll(top.path() + "/" + stageDir)

@@ -740,6 +740,42 @@ func TestFilesPlace(t *testing.T) {
 	}
 }
 
+// TestFilesSteady: nobody but root can replace a directory of ours, or one above it.
+func TestFilesSteady(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	for _, c := range []struct {
+		name        string
+		uid         int
+		above, mode uint32
+		steady, own bool
+	}{
+		{"root's", 0, 0o755, 0o755, true, true},
+		{"sticky above", 0, 0o1777, 0o755, true, true},
+		{"open above", 0, 0o777, 0o755, false, false},
+		{"another's above", 65534, 0o755, 0o755, false, false},
+		{"open itself", 0, 0o755, 0o777, false, false},
+		{"sticky itself", 0, 0o755, 0o1777, true, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			above := t.TempDir() + "/above"
+			err := errors.Join(os.MkdirAll(above+"/m/svc", 0o755), os.Chown(above, c.uid, 0),
+				syscall.Chmod(above, c.above), syscall.Chmod(above+"/m/svc", c.mode))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for want, open := range map[*bool]func(string) (place, error){&c.steady: openSteady, &c.own: openOwn} {
+				p, err := open(above + "/m/svc")
+				if isOpen := err == nil; isOpen != *want || !isOpen && !errors.As(err, new(brokenError)) {
+					t.Error(err)
+				}
+				p.close()
+			}
+		})
+	}
+}
+
 func BenchmarkFilesIdle(b *testing.B) {
 	nobody := account{uid: 65534, gid: 65534}
 	f := &files{dir: b.TempDir() + "/svc", manifest: b.TempDir() + "/m", acct: nobody}

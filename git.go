@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -61,13 +63,10 @@ func gitCommand(a account, gitDir string, extraEnv []string, args ...string) *ex
 		"GIT_OPTIONAL_LOCKS=0", "GIT_CEILING_DIRECTORIES=/",
 		"GIT_NO_REPLACE_OBJECTS=1", "GIT_SSH_COMMAND=" + ssh,
 	}
-	inherited := []string{"http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy",
-		"SSL_CERT_FILE", "SSL_CERT_DIR"}
-	for _, k := range inherited {
-		for _, k := range []string{k, strings.ToUpper(k)} {
-			if v, ok := os.LookupEnv(k); ok {
-				cmd.Env = append(cmd.Env, k+"="+v)
-			}
+	for _, k := range strings.Fields("http_proxy https_proxy ftp_proxy all_proxy no_proxy " +
+		"HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR") {
+		if v, ok := os.LookupEnv(k); ok {
+			cmd.Env = append(cmd.Env, k+"="+v)
 		}
 	}
 	if gitDir != "" {
@@ -125,9 +124,9 @@ type look struct {
 
 // tracking is a service's interest in a branch.
 type tracking struct {
-	branch string
-	dirs   []dir
-	nudge  func()
+	branch, key string // key: of dirs, see linksKey
+	dirs        []dir
+	nudge       func()
 }
 
 // upstream is one bare clone per url and user, for all services and branches. It lies in dir: fetch and read
@@ -137,11 +136,11 @@ type upstream struct {
 	url, user, dir string
 	patience       time.Duration // with git's answer to one question
 	tracked        []tracking
-	network        chan struct{} // who has put something in may use the network, and change what lies in dir
+	network        chan struct{} // a lock, held by who has put something in: to use the network, and to change dir
 	poke           chan struct{}
+	acct           atomic.Pointer[account] // once found, it stays
 
-	// Only for whom network lets.
-	used   bool // since we started
+	// These belong to whoever holds network.
 	healed time.Time
 	packed time.Time
 	spent  struct { // what ended at a limit on memory or the size of files
@@ -151,12 +150,10 @@ type upstream struct {
 	}
 
 	mu    sync.Mutex // for all below
-	acct  *account
 	looks map[string]look
-	tips  map[string]map[string]showing // by commit, and by linksKey
-	ran   map[string][]string           // by service: what keep was told
-	made  int                           // clones
-	hurt  error                         // damage that was found since the last clone was made
+	tips  map[shownAt]showing // what services are shown of the tips
+	ran   map[string][]string // by service: what keep was told
+	hurt  *error              // damage that was found in this clone; a new one has its own
 }
 
 // newUpstream returns the upstream of a url and user, whose clone is below stateDir. Nothing is done yet.
@@ -164,14 +161,15 @@ func newUpstream(stateDir, url, user string) *upstream {
 	return &upstream{
 		url: url, user: user, dir: filepath.Join(stateDir, "upstreams", digest(url, user)),
 		patience: 30 * time.Second, network: make(chan struct{}, 1), poke: make(chan struct{}, 1),
-		looks: map[string]look{}, tips: map[string]map[string]showing{}, ran: map[string][]string{},
+		looks: map[string]look{}, tips: map[shownAt]showing{}, ran: map[string][]string{},
+		hurt: new(error),
 	}
 }
 
 // track makes the upstream care for a service's branch and links; nudge is called after each round that the
 // service should know of, and must not wait. All calls come before run and the first look.
 func (u *upstream) track(branch string, dirs []dir, nudge func()) {
-	u.tracked = append(u.tracked, tracking{branch, dirs, nudge})
+	u.tracked = append(u.tracked, tracking{branch, linksKey(dirs), dirs, nudge})
 	u.looks[branch] = look{tip: readRef(u.tipFile(branch))}
 }
 
@@ -202,7 +200,7 @@ func (u *upstream) run(ctx context.Context, interval time.Duration) {
 // is made anew even if that was done within the hour, a fetch that ended at a limit even if nothing has
 // moved.
 func (u *upstream) lookNow(ctx context.Context, heal bool) error {
-	// However slowly git works, whose user may stop it and let it go on: who waits for us must know for how long.
+	// However slowly git works, whose user may stop it and let it go on: who waits must know for how long.
 	limited, cancel := context.WithTimeout(ctx, cloneLimit)
 	defer cancel()
 	if err := u.take(limited); err != nil {
@@ -214,17 +212,16 @@ func (u *upstream) lookNow(ctx context.Context, heal bool) error {
 		return ctx.Err()
 	}
 
-	all := err
+	errs := []error{err}
 	u.mu.Lock()
 	for branch, l := range u.looks {
 		l.err = err
 		if err == nil && remote[branch] == "" {
 			l.err = fmt.Errorf("upstream has no branch %q", branch)
-			all = errors.Join(all, l.err)
+			errs = append(errs, l.err)
 		}
-		if l.err != nil {
-			l.misses++
-		} else {
+		l.misses++
+		if l.err == nil {
 			l.misses, l.at = 0, time.Now()
 		}
 		u.looks[branch] = l
@@ -233,7 +230,7 @@ func (u *upstream) lookNow(ctx context.Context, heal bool) error {
 	for _, t := range u.tracked {
 		t.nudge()
 	}
-	return all
+	return errors.Join(errs...)
 }
 
 // take waits until the network is ours.
@@ -253,43 +250,21 @@ func (u *upstream) looked(branch string) look {
 	return u.looks[branch]
 }
 
-// walked says whether it is known what services are shown of a tip.
-func (u *upstream) walked(tip string) bool {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	return u.tips[tip] != nil
-}
-
-// account finds the upstream's user; once found, it stays.
 func (u *upstream) account(ctx context.Context) (account, error) {
-	u.mu.Lock()
-	known := u.acct
-	u.mu.Unlock()
-	if known != nil {
-		return *known, nil
+	if a := u.acct.Load(); a != nil {
+		return *a, nil
 	}
 	a, err := lookupAccount(ctx, u.user)
-	if err != nil {
-		return a, err
+	if err == nil {
+		u.acct.Store(&a)
 	}
-	u.mu.Lock()
-	u.acct = &a
-	u.mu.Unlock()
-	return a, nil
+	return a, err
 }
 
-func (u *upstream) clones() int {
+// hurts notes damage that was found in the clone whose hurt this is, for the next look, which is soon.
+func (u *upstream) hurts(hurt *error, err error) {
 	u.mu.Lock()
-	defer u.mu.Unlock()
-	return u.made
-}
-
-// hurts notes damage that was found in a clone, for the next look, which is soon.
-func (u *upstream) hurts(err error, made int) {
-	u.mu.Lock()
-	if u.made == made {
-		u.hurt = err
-	}
+	*hurt = err
 	u.mu.Unlock()
 	select {
 	case u.poke <- struct{}{}:
@@ -301,7 +276,7 @@ func (u *upstream) hurts(err error, made int) {
 func (u *upstream) forget() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	u.tips = map[string]map[string]showing{}
+	u.tips = map[shownAt]showing{}
 }
 
 // round looks, fetches and heals, and returns upstream's tips of the tracked branches.
@@ -317,12 +292,11 @@ func (u *upstream) round(ctx context.Context, heal bool) (remote map[string]stri
 		return nil, err
 	}
 	u.mu.Lock()
-	why := u.hurt
+	why := *u.hurt
 	u.mu.Unlock()
 	if err := u.sound(a, hashDigits(remote)); err != nil {
 		why = err
 	}
-
 	if why == nil {
 		why = u.update(ctx, a, remote, heal)
 		if !errors.As(why, &damaged{}) {
@@ -355,26 +329,26 @@ func (u *upstream) reach(a account, gitDir string, args ...string) *exec.Cmd {
 	return gitCommand(a, gitDir, env, args...)
 }
 
-var webURL = regexp.MustCompile(`^(https?://)([^/@:]*):([^/]*)@([^/?#]*)`)
+var webURL = regexp.MustCompile(`^(https?://)([^/@:]*:[^/]*)@([^/?#]*)`)
 
 // configParameters is how git -c hands settings on to git's children: 'key=value' 'key=value', which stands
 // in no argument list. A password in an http URL becomes a header, or git would put it into its child's
 // argument list.
 func configParameters(upstream string) string {
-	quote := strings.NewReplacer("'", `'\''`, "!", `'\!'`)
-	header := ""
+	settings := []string{"remote.origin.url=" + upstream}
 	if m := webURL.FindStringSubmatch(upstream); m != nil {
-		for i := 2; i < 4; i++ {
-			if plain, err := url.PathUnescape(m[i]); err == nil {
-				m[i] = plain
-			}
+		host, login := m[1]+m[3], m[2]
+		if plain, err := url.PathUnescape(login); err == nil {
+			login = plain
 		}
-		host := m[1] + m[4]
-		upstream = host + strings.TrimPrefix(upstream, webURL.FindString(upstream))
-		basic := base64.StdEncoding.EncodeToString([]byte(m[2] + ":" + m[3]))
-		header = " '" + quote.Replace("http."+host+"/.extraHeader=Authorization: Basic "+basic) + "'"
+		basic := base64.StdEncoding.EncodeToString([]byte(login))
+		settings = []string{
+			"remote.origin.url=" + host + strings.TrimPrefix(upstream, m[0]),
+			"http." + host + "/.extraHeader=Authorization: Basic " + basic,
+		}
 	}
-	return "'" + quote.Replace("remote.origin.url="+upstream) + "'" + header
+	quoted := strings.NewReplacer("'", `'\''`, "!", `'\!'`).Replace(strings.Join(settings, "\x00"))
+	return "'" + strings.ReplaceAll(quoted, "\x00", "' '") + "'"
 }
 
 // ask asks upstream once for the commits of all tracked branches. A branch that isn't there is not in the
@@ -409,6 +383,9 @@ var (
 	// errRefused says that a server that can filter does not hand out single objects.
 	errRefused = errors.New("upstream refuses single objects")
 	refusing   = regexp.MustCompile(`unadvertised object|not our ref`)
+	// incomplete is what git says of a damaged pack in the clone, too: it does not replace one that upstream
+	// sends again.
+	incomplete = regexp.MustCompile(`did not send all necessary objects`)
 	shallow    = regexp.MustCompile(`shallow roots are not allowed|/shallow_`)
 	atLimit    = regexp.MustCompile(
 		`signal 25|[Oo]ut of memory|File too large|Cannot allocate|async thread|invalid index-pack`)
@@ -434,8 +411,9 @@ func (u *upstream) fetch(ctx context.Context, a account, limit time.Duration, st
 
 	switch said := words.buf; {
 	case shallow.Match(said):
-		_ = os.Remove(u.dir + "/fetch/shallow")
 		return errors.New("upstream is shallow: git fetch --unshallow there")
+	case err != nil && incomplete.Match(said):
+		return damaged{err}
 	case err != nil && stdin != nil && refusing.Match(said):
 		return damaged{fmt.Errorf("%w: %w", errRefused, err)}
 	}
@@ -443,31 +421,17 @@ func (u *upstream) fetch(ctx context.Context, a account, limit time.Duration, st
 }
 
 // update brings the clone to upstream's tips: what moved is fetched, walked, and what of it is missing is
-// fetched. Only then are the tips written and known.
+// fetched. Only then are the tips written and known. What ended at a limit does so again, until upstream
+// moves or an hour has passed.
 func (u *upstream) update(ctx context.Context, a account, remote map[string]string, again bool) error {
-	var moved, ask []string
-	first := true
-	for branch, l := range u.looks {
-		first = first && l.tip == ""
-		tip := remote[branch]
-		if tip != "" && tip != l.tip {
-			ask = append(ask, "refs/heads/"+branch)
-		}
-		if tip != "" && (tip != l.tip || !u.walked(tip)) {
-			moved = append(moved, branch)
-		}
-	}
-	if moved == nil {
-		return nil
-	}
-
 	tips := digest(fmt.Sprint(remote))
 	if u.spent.tips == tips && time.Since(u.spent.at) < healEvery && !again {
 		return u.spent.err
 	}
-	err := u.fetchTips(ctx, a, ask, first)
+	u.spent.tips = ""
+	err := u.fetchTips(ctx, a, remote)
 	if err == nil {
-		err = u.advance(ctx, a, moved, remote)
+		err = u.advance(ctx, a, remote)
 	}
 	if err != nil && ctx.Err() == nil && atLimit.MatchString(err.Error()) {
 		u.spent.tips, u.spent.at, u.spent.err = tips, time.Now(), err
@@ -475,17 +439,23 @@ func (u *upstream) update(ctx context.Context, a account, remote map[string]stri
 	return err
 }
 
-// fetchTips fetches the refs, and tells a failure of the network's from damage in the clone.
-func (u *upstream) fetchTips(ctx context.Context, a account, refs []string, first bool) error {
+// fetchTips fetches the branches that moved, and tells a failure of the network's from damage in the clone.
+func (u *upstream) fetchTips(ctx context.Context, a account, remote map[string]string) error {
+	var refs []string
+	// Small contents come along, which saves a second request, but not with all of history.
+	limit, filter := cloneLimit, "--filter=blob:none"
+	for branch, l := range u.looks {
+		if l.tip != "" {
+			limit, filter = fetchLimit, "--filter=blob:limit=100k"
+		}
+		if tip := remote[branch]; tip != "" && tip != l.tip {
+			refs = append(refs, "refs/heads/"+branch)
+		}
+	}
 	if refs == nil {
 		return nil
 	}
 	slices.Sort(refs)
-	// Small contents come along, which saves a second request.
-	limit, filter := fetchLimit, "--filter=blob:limit=100k"
-	if first {
-		limit, filter = cloneLimit, "--filter=blob:none"
-	}
 	args := append([]string{filter, "origin"}, refs...)
 	if !u.filtered() {
 		args = args[1:]
@@ -494,51 +464,42 @@ func (u *upstream) fetchTips(ctx context.Context, a account, refs []string, firs
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
-	return errors.Join(err, u.probe(ctx))
+	return errors.Join(err, u.probe(ctx, a))
 }
 
-// advance walks the commits to which branches moved, fetches what is missing of what services are shown of
-// them, and makes them known. A commit that upstream named but did not send is no news: the next look
-// decides.
-func (u *upstream) advance(ctx context.Context, a account, moved []string, remote map[string]string) error {
-	news := map[string]map[string]showing{}
-	var arrived []string
-	ids := map[string]bool{}
-	for _, branch := range moved {
-		tip := remote[branch]
-		seen, err := u.see(ctx, branch, tip, news[tip], ids)
-		switch {
-		case errors.Is(err, errNoCommit):
-			if err := u.probe(ctx); err != nil {
-				return err
-			}
-		case err != nil:
-			return err
-		default:
-			news[tip] = seen
-			arrived = append(arrived, branch)
-		}
+// advance walks the commits that are news, fetches what is missing of what services are shown of them, and
+// makes them known.
+func (u *upstream) advance(ctx context.Context, a account, remote map[string]string) error {
+	tips := map[string]string{}
+	for branch, l := range u.looks {
+		tips[branch] = cmp.Or(remote[branch], l.tip)
 	}
-	if err := u.bring(ctx, a, ids); err != nil {
+	shown, ids, err := u.see(ctx, a, tips)
+	if err != nil {
 		return err
 	}
-	for _, branch := range arrived {
-		if err := u.write("fetch/refs/tips/"+digest(branch), remote[branch]+"\n"); err != nil {
+	lacks, err := u.missing(ctx, a, ids)
+	if err == nil {
+		err = u.bring(ctx, a, lacks)
+	}
+	if err != nil {
+		return err
+	}
+
+	for branch, tip := range tips {
+		if tip == u.looks[branch].tip {
+			continue
+		}
+		if err := u.write("/fetch/refs/tips/"+digest(branch), tip+"\n"); err != nil {
 			return err
 		}
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	for _, branch := range arrived {
-		l := u.looks[branch]
-		l.tip = remote[branch]
+	u.tips = shown
+	for branch, l := range u.looks {
+		l.tip = tips[branch]
 		u.looks[branch] = l
 	}
-	for _, l := range u.looks {
-		if old, ok := u.tips[l.tip]; ok && news[l.tip] == nil {
-			news[l.tip] = old
-		}
-	}
-	u.tips = news
 	return nil
 }

@@ -1,32 +1,29 @@
 // Gitopper brings GitOps to plain Linux hosts. For each service in its config it
 //
 //  1. installs the service's package if it is missing (pkg.go),
-//  2. looks at upstream, and fetches what moved into a bare clone that all services of an upstream share (git.go),
-//  3. reads from it, by their hashes, the files that a commit shows the service: a tree (git.go),
-//  4. decides which commit should run, and refuses one that must not (service.go, check.go),
-//  5. compares that tree with the disk and with the manifest of what it put there, makes the difference live path by
-//     path, and keeps local edits (files.go),
+//  2. looks at upstream, and fetches what moved into a bare clone that its services share (git.go, clone.go),
+//  3. reads from it, by their hashes, what a commit shows the service: a tree (tree.go, objects.go),
+//  4. decides which commit should run, and refuses one that must not (pass.go, check.go),
+//  5. compares that tree with the disk and with the manifest of what it put there (files.go), makes the
+//     difference live path by path, and keeps local edits (publish.go),
 //  6. bind-mounts files and directories to where the service reads them (mount.go),
-//  7. tells the unit, and watches it settle (systemd.go), or goes back to the last good commit (service.go), and
+//  7. tells the unit, and watches it settle (systemd.go), or goes back to the last good commit (pass.go), and
 //  8. says how it went (state.go), to operators (ssh.go) and to a monitoring system (metrics.go).
 //
-// Reading order: run in this file, then Service.run, then Service.reconcile in service.go, which does the above in that
-// order; then files.go, which is how a file on the host changes.
+// Reading order: run in this file, then Service.run in service.go, then Service.reconcile in pass.go, which
+// does the above in that order; then files.go and publish.go, which are how a file on the host changes.
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"os/signal"
-	"path"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
@@ -42,214 +39,6 @@ import (
 
 func main() {
 	os.Exit(run(os.Args, os.Stdout, os.Stderr))
-}
-
-const usage = `usage: gitopper [OPTION]... -c CONFIG           the daemon
-       gitopper --check -c CONFIG               read the config, print every mistake, and exit
-       gitopper ctl [OPTION]... COMMAND...      the client; see gitopper ctl --help
-       gitopper --help | --version
-       gitopper --unit [OPTION]...              print a systemd unit that runs this binary with these options
-
-  -h, --hosts LIST      names (comma-separated, may be repeated) to answer to; the hostname is always added
-  -c, --config FILE     config file, mandatory
-  -s, --ssh ADDR        address of the SSH interface (default ":2222"); empty turns it off
-  -m, --metric ADDR     address of the HTTP interface (default ":9222"); empty turns it off
-  -k, --hostkey FILE    private host key of the SSH interface (default: made once, in the state directory)
-  -d, --debug           log every command that is run
-  -r, --restart         when the config changed, end with status 2 so that systemd starts us anew
-  -o, --root            insist on root (default true)
-  -t, --duration D      time between looks at upstream, plus a random part of up to half of it (default 5m)
-      --once            one pass over all services, a line for each, then end: 0 if all are OK or FREEZE, else 1
-      --check           read the config, print every mistake, and exit
-
-bootstrapping, with the config in a repository:
-  -U, --upstream URL    repository to take the config from
-  -D, --directory DIR   directory in that repository (default "gitopper")
-  -B, --branch NAME     branch (default "main")
-  -M, --mount DIR       where the checkout goes: DIR/gitopper; -c is then relative to the checked out directory
-  -P, --pull            bring an existing checkout up to date before reading the config
-
-Exit status: 0 normal end, 1 error, 2 SIGHUP seen or, with -r, a new config.
-`
-
-// mode is what the program is to do: the name of the option that asks for it; empty is the daemon.
-type mode string
-
-const (
-	onceMode    mode = "once"
-	checkMode   mode = "check"
-	unitMode    mode = "unit"
-	versionMode mode = "version"
-	helpMode    mode = "help"
-)
-
-// options are what the command line asks for.
-type options struct {
-	mode                               mode
-	names                              []string // to answer to, the hostname first
-	config, ssh, metric, hostkey       string
-	interval                           time.Duration
-	debug, restart, root               bool
-	upstream, directory, branch, mount string
-	pull                               bool
-	given                              []string // for --unit: the other options, as words of a command line
-	stateDir                           string
-}
-
-// configPath is where the config file lies: with -U below our own checkout.
-func (o *options) configPath() string {
-	if o.upstream == "" {
-		return o.config
-	}
-	return filepath.Join(o.mount, "gitopper", o.directory, o.config)
-}
-
-// ownSpec is the service gitopper of a bootstrap: the directory of the repository that holds our config. It is root's.
-func (o *options) ownSpec() spec {
-	return spec{
-		upstream: o.upstream, branch: o.branch, mount: filepath.Clean(o.mount), machine: o.names[0], service: "gitopper",
-		dirs: []dir{{link: path.Clean(o.directory)}}, fallback: true,
-	}
-}
-
-func parseOptions(args []string) (o options, err error) {
-	host, err := os.Hostname()
-	if err != nil {
-		return o, err
-	}
-	o.names = []string{host}
-	// systemd makes and names the state directory. Several could be listed; ours is the first.
-	o.stateDir, _, _ = strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
-	o.stateDir = cmp.Or(o.stateDir, "/var/lib/gitopper")
-
-	fl := o.flags()
-	if err := fl.Parse(args); err != nil {
-		return o, fmt.Errorf("%w: see gitopper --help", err)
-	}
-	if fl.NArg() > 0 {
-		return o, fmt.Errorf("unexpected argument %q: see gitopper --help", fl.Arg(0))
-	}
-	for _, file := range []*string{&o.config, &o.hostkey} {
-		isOurs := file == &o.config && o.upstream != "" // relative to the checkout
-		if *file != "" && !isOurs {
-			*file, _ = filepath.Abs(*file)
-		}
-	}
-
-	fl.Visit(func(f *flag.Flag) {
-		word := "--" + f.Name
-		if len(f.Name) == 1 {
-			word = "-" + f.Name
-		}
-		value := f.Value.String()
-		switch b, ok := f.Value.(interface{ IsBoolFlag() bool }); {
-		case f.Name == string(unitMode):
-		case !ok || !b.IsBoolFlag():
-			o.given = append(o.given, word, value)
-		case value == "true":
-			o.given = append(o.given, word)
-		default:
-			o.given = append(o.given, word+"="+value)
-		}
-	})
-	return o, o.judge()
-}
-
-// hostList is the flag.Value of --hosts: names after the first one, which is the hostname.
-type hostList struct{ names *[]string }
-
-func (h hostList) String() string {
-	if h.names == nil {
-		return ""
-	}
-	return strings.Join((*h.names)[1:], ",")
-}
-
-func (h hostList) Set(list string) error {
-	for name := range strings.SplitSeq(list, ",") {
-		if name = strings.TrimSpace(name); name != "" && !slices.Contains(*h.names, name) {
-			*h.names = append(*h.names, name)
-		}
-	}
-	return nil
-}
-
-// modeFlag is the flag.Value of an option that says what the program is to do.
-type modeFlag struct {
-	mode mode
-	to   *mode
-}
-
-func (m modeFlag) IsBoolFlag() bool { return true }
-func (m modeFlag) String() string   { return strconv.FormatBool(m.to != nil && *m.to == m.mode) }
-
-func (m modeFlag) Set(value string) error {
-	is, err := strconv.ParseBool(value)
-	if err != nil || !is {
-		return err
-	}
-	if *m.to != "" && *m.to != m.mode {
-		return fmt.Errorf("--%s and --%s don't go together", *m.to, m.mode)
-	}
-	*m.to = m.mode
-	return nil
-}
-
-// flags returns the options as flags that set o.
-func (o *options) flags() *flag.FlagSet {
-	fl := flag.NewFlagSet("gitopper", flag.ContinueOnError)
-	fl.SetOutput(io.Discard)
-	fl.Var(hostList{&o.names}, "hosts", "")
-	fl.StringVar(&o.config, "config", "", "")
-	fl.StringVar(&o.ssh, "ssh", ":2222", "")
-	fl.StringVar(&o.metric, "metric", ":9222", "")
-	fl.StringVar(&o.hostkey, "hostkey", "", "")
-	fl.BoolVar(&o.debug, "debug", false, "")
-	fl.BoolVar(&o.restart, "restart", false, "")
-	fl.BoolVar(&o.root, "root", true, "")
-	fl.DurationVar(&o.interval, "duration", 5*time.Minute, "")
-	fl.StringVar(&o.upstream, "upstream", "", "")
-	fl.StringVar(&o.directory, "directory", "gitopper", "")
-	fl.StringVar(&o.branch, "branch", "main", "")
-	fl.StringVar(&o.mount, "mount", "", "")
-	fl.BoolVar(&o.pull, "pull", false, "")
-	for short, long := range map[string]string{
-		"h": "hosts", "c": "config", "s": "ssh", "m": "metric", "k": "hostkey", "d": "debug", "r": "restart", "o": "root",
-		"t": "duration", "U": "upstream", "D": "directory", "B": "branch", "M": "mount", "P": "pull",
-	} {
-		fl.Var(fl.Lookup(long).Value, short, "")
-	}
-	for _, m := range []mode{onceMode, checkMode, unitMode, versionMode, helpMode} {
-		fl.Var(modeFlag{m, &o.mode}, string(m), "")
-	}
-	return fl
-}
-
-// judge finds what does not go together.
-func (o *options) judge() error {
-	for option, addr := range map[string]string{"--ssh": o.ssh, "--metric": o.metric} {
-		if _, port, err := net.SplitHostPort(addr); addr != "" && err != nil {
-			return fmt.Errorf("%s: %w: it must be HOST:PORT or :PORT", option, err)
-		} else if _, err := net.LookupPort("tcp", port); addr != "" && err != nil {
-			return fmt.Errorf("%s: %w", option, err)
-		}
-	}
-	isBootstrap := o.upstream != ""
-	needsConfig := o.mode == "" || o.mode == onceMode || o.mode == checkMode
-	switch {
-	case o.mode == helpMode, o.mode == versionMode:
-	case needsConfig && o.config == "":
-		return errors.New("no config file: give one with -c; see gitopper --help")
-	case o.interval <= 0:
-		return fmt.Errorf("-t %v: must be more than 0", o.interval)
-	case isBootstrap != (o.mount != ""):
-		return errors.New("bootstrapping needs both -U, the repository, and -M, the directory for its checkout")
-	case isBootstrap && path.IsAbs(o.config):
-		return fmt.Errorf("-c %s: with -U it must be relative to the directory %s of the repository", o.config, o.directory)
-	case o.pull && !isBootstrap:
-		return errors.New("-P goes with -U")
-	}
-	return nil
 }
 
 // run is the program: it does what args ask for, and returns the exit status.
@@ -279,7 +68,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	syscall.Umask(0o022)
 	o, err := parseOptions(args[1:])
 	if err == nil {
-		err = o.mode.run(ctx, o, stdout, stderr)
+		err = o.run(ctx, stdout, stderr)
 	}
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx) // whatever the signal made fail
@@ -296,33 +85,41 @@ func run(args []string, stdout, stderr io.Writer) int {
 	return 1
 }
 
-func (m mode) run(ctx context.Context, o options, stdout, stderr io.Writer) error {
-	var err error
-	switch m {
+// run does what the options ask for.
+func (o options) run(ctx context.Context, stdout, stderr io.Writer) (err error) {
+	switch o.mode {
 	case helpMode:
 		_, err = io.WriteString(stdout, usage)
+		return err
 	case versionMode:
 		version, goVersion := buildInfo()
 		_, err = fmt.Fprintf(stdout, "gitopper %s %s\n", version, goVersion)
+		return err
+	}
+
+	if err := o.judge(); err != nil {
+		return err
+	}
+	switch o.mode {
 	case unitMode:
-		exe, exeErr := os.Executable()
-		if exeErr != nil {
-			return exeErr
+		exe, err := os.Executable()
+		if err != nil {
+			return err
 		}
 		_, err = io.WriteString(stdout, unitFile(exe, o.given))
+		return err
 	case checkMode:
-		c, cerr := loadConfig(o, os.ReadFile)
-		if cerr != nil {
-			return cerr
+		c, err := loadConfig(o, os.ReadFile)
+		if err != nil {
+			return err
 		}
-		for _, w := range c.warnings(o) {
+		for _, w := range slices.Concat(c.warnings(o), c.lacks(ctx)) {
 			fmt.Fprintf(stderr, "gitopper: %s\n", w)
 		}
-	default:
-		setLogger(stderr, o.debug)
-		err = daemon(ctx, o, stdout)
+		return nil
 	}
-	return err
+	setLogger(stderr, o.debug)
+	return daemon(ctx, o, stdout)
 }
 
 // ending is why the daemon ends without an error, and with which status.
@@ -333,8 +130,6 @@ type ending struct {
 
 func (e ending) Error() string { return e.why }
 
-var errNotAll = errors.New("not all services are OK")
-
 // agent is the running program.
 type agent struct {
 	options
@@ -343,10 +138,10 @@ type agent struct {
 	tasks    sync.WaitGroup          // all that ends with stop
 	services atomic.Pointer[[]*Service]
 	server   atomic.Pointer[sshServer]
-	configOK atomic.Bool
-	said     string        // what was last said of a wrong config
-	socket   string        // of systemd, for words of ours; empty without
-	watchdog time.Duration // systemd wants a word that often; 0: never
+	right    *config                // the last one that was right; nil: there was none yet
+	wrong    atomic.Pointer[string] // what is wrong with the config on disk; nil: nothing
+	socket   string                 // of systemd, for words of ours; empty without
+	watchdog time.Duration          // systemd wants a word that often; 0: never
 	started  time.Time
 }
 
@@ -371,7 +166,6 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		os.Unsetenv(k) // not for the programs that we run
 	}
 	a.services.Store(&[]*Service{})
-	a.configOK.Store(true)
 
 	a.stop.soft, a.end = context.WithCancelCause(ctx)
 	hard, kill := context.WithCancel(context.WithoutCancel(ctx))
@@ -388,19 +182,19 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 	return err
 }
 
-// work mounts what is on disk, tells systemd that we are ready, and lets the services live until we are to end. Nothing is
-// looked at or acted on before all mounts are made, but where there is no config to say which.
+// work mounts what is on disk, tells systemd that we are ready, and lets the services live until we are to
+// end. Nothing is looked at or acted on before all mounts are made.
 func (a *agent) work(stdout io.Writer) error {
 	a.tasks.Go(a.feedWatchdog)
 	a.tasks.Go(a.serveMetrics)
-	c, err := a.firstConfig()
-	if a.upstream != "" && (err != nil || a.pull) {
+	c, err := a.load()
+	if c == nil || a.pull {
+		restoreMounts(a.stateDir) // there is no config yet to say which
+	}
+	if a.upstream != "" && (c == nil || a.pull) {
 		c, err = a.bootstrap()
 	}
-	if err != nil {
-		if a.stop.soft.Err() == nil {
-			restoreMounts(a.stateDir)
-		}
+	if c == nil {
 		return err
 	}
 
@@ -412,8 +206,8 @@ func (a *agent) work(stdout io.Writer) error {
 	if err := gitVersion(a.stop.soft); err != nil {
 		slog.Error(err.Error())
 	}
-	version, goVersion := buildInfo()
-	slog.Info(fmt.Sprintf("gitopper %s (%s) manages %d services of %s", version, goVersion, len(services), a.config),
+	version, _ := buildInfo()
+	slog.Info(fmt.Sprintf("gitopper %s manages %d services of %s", version, len(services), a.config),
 		"interval", a.interval, "ssh", a.ssh, "metric", a.metric)
 	notify(a.socket, "READY=1\nSTATUS="+a.summary())
 	if a.mode == onceMode {
@@ -422,7 +216,7 @@ func (a *agent) work(stdout io.Writer) error {
 
 	ctx := a.stop.soft
 	a.tasks.Go(func() { a.serveSSH(c, services) })
-	a.tasks.Go(func() { a.watch(c) })
+	a.tasks.Go(a.watch)
 	a.tasks.Go(func() { watchUnits(ctx, services, a.interval) })
 	for _, u := range upstreams {
 		a.tasks.Go(func() { u.run(ctx, a.interval) })
@@ -435,70 +229,55 @@ func (a *agent) work(stdout io.Writer) error {
 	return context.Cause(ctx)
 }
 
-// firstConfig returns the config to start with: what is on disk, or where that is wrong the one that was last right.
-func (a *agent) firstConfig() (*config, error) {
+// load reads the config. A right one is remembered, also for the next start; of a wrong one what is new to us
+// is logged, and the last right one is returned with the error: nil, and not logged, if there never was one.
+func (a *agent) load() (*config, error) {
+	said := a.wrong.Load()
 	c, err := loadConfig(a.options, os.ReadFile)
-	a.configOK.Store(err == nil)
 	if err == nil {
-		a.keep(c)
+		a.right = c
+		if a.wrong.Store(nil); said != nil {
+			slog.Info("the config is right again")
+		}
+		if err := c.keep(a.stateDir); err != nil {
+			slog.Error(fmt.Sprintf("keep the config for the next start: %v", err))
+		}
 		return c, nil
 	}
-	kept, keptErr := loadKept(a.options)
-	if keptErr != nil {
-		return nil, err
+
+	text := oneLine(err.Error())
+	a.wrong.Store(&text)
+	if a.right == nil {
+		a.right, _ = loadKept(a.options)
 	}
-	a.said = err.Error()
-	slog.Error(fmt.Sprintf("the config is wrong, the one that was last right is used: %s", oneLine(a.said)))
-	return kept, nil
+	isNews := said == nil || *said != text
+	if a.right != nil && isNews {
+		slog.Error("the config is wrong, the one that was last right is used: " + text)
+	}
+	return a.right, err
 }
 
-// keep remembers a right config for the next start.
-func (a *agent) keep(c *config) {
-	if err := c.keep(a.stateDir); err != nil {
-		slog.Error(fmt.Sprintf("keep the config for the next start: %v", err))
-	}
-}
-
-// bootstrap gets our own config from upstream, as often as it takes, and makes all mounts of before first.
-func (a *agent) bootstrap() (*config, error) {
-	sp := a.ownSpec()
-	if found := sp.validate(a.stateDir, a.configPath()); len(found) > 0 {
-		return nil, fmt.Errorf("bootstrap: %s", found[0].text)
-	}
-	restoreMounts(a.stateDir)
-	ctx := a.stop.soft
+// bootstrap gets our own config from upstream, as often as it takes.
+func (a *agent) bootstrap() (c *config, err error) {
 	u := newUpstream(a.stateDir, a.upstream, "")
 	own := a.newOwn(u)
-	for wait := 5 * time.Second; ; wait = min(2*wait, a.interval) {
-		lookErr := u.lookNow(ctx, false)
-		own.pass(ctx)
-		c, err := a.firstConfig()
-		if err == nil {
-			return c, nil
+	startCounters([]*Service{own})
+	a.services.Store(&[]*Service{own})
+	err = a.persist(a.interval, func() error {
+		lookErr := u.lookNow(a.stop.soft, false)
+		own.work(own.pass, nil)
+		if c, err = a.load(); c != nil {
+			return nil
 		}
 		if st := own.Status(); lookErr != nil {
 			err = lookErr
 		} else if st.state >= stateBroken {
 			err = errors.New(st.Info)
 		}
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		if a.mode == onceMode {
-			return nil, err
-		}
-
-		slog.Error(fmt.Sprintf("gitopper: waiting for a right config: %s", oneLine(err.Error())))
-		if len(*a.services.Load()) == 0 {
-			startCounters([]*Service{own})
-			a.services.Store(&[]*Service{own})
-			notify(a.socket, "READY=1\nSTATUS=waiting for a right config")
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(wait):
-		}
-	}
+		notify(a.socket, "READY=1\nSTATUS=waiting for a right config")
+		return fmt.Errorf("gitopper: no right config yet: %w", err)
+	})
+	return c, err
 }
 
 // newOwn makes the service gitopper, whose commits must hold a right config.
@@ -535,25 +314,20 @@ func (a *agent) assemble(c *config) (services []*Service, upstreams []*upstream)
 		services = append(services, newService(sp, a.stateDir, get(sp.upstream, sp.user), a.interval, a.stop))
 	}
 	for _, s := range services {
-		s.files.nested = checkoutsIn(s.files.dir, services)
+		for _, other := range services {
+			if strings.HasPrefix(other.files.dir, s.files.dir+"/") { // whose mount is our checkout
+				s.files.nested = append(s.files.nested, other.files.dir)
+			}
+		}
 	}
 	startCounters(services)
 	a.services.Store(&services)
 	return services, upstreams
 }
 
-// checkoutsIn returns the directories of services that lie in dir, as those do whose mount is another one's checkout.
-func checkoutsIn(dir string, services []*Service) (inside []string) {
-	for _, s := range services {
-		if strings.HasPrefix(s.files.dir, dir+"/") {
-			inside = append(inside, s.files.dir)
-		}
-	}
-	return inside
-}
-
-// mount makes every local show what is on disk, and takes away the mounts and clones of services that left the config. A
-// config without an entry for this machine takes nothing away: the machine may have another name today.
+// mount makes every local show what is on disk, and takes away the mounts and clones of services that left
+// the config. A config without an entry for this machine takes nothing away: the machine may have another
+// name today.
 func (a *agent) mount(c *config, services []*Service, upstreams []*upstream) {
 	if privateNamespace() {
 		slog.Warn("we run in a mount namespace of our own: mounts may not reach the host and its units " +
@@ -573,7 +347,11 @@ func (a *agent) onePass(services []*Service, upstreams []*upstream, stdout io.Wr
 	ctx := a.stop.soft
 	var looks, passes sync.WaitGroup
 	for _, u := range upstreams {
-		looks.Go(func() { _ = u.lookNow(ctx, false) })
+		looks.Go(func() {
+			if u.lookNow(ctx, false) != nil {
+				_ = u.lookNow(ctx, false) // one that fails alone is no trouble yet
+			}
+		})
 	}
 	looks.Wait()
 	for _, s := range services {
@@ -586,22 +364,20 @@ func (a *agent) onePass(services []*Service, upstreams []*upstream, stdout io.Wr
 
 	var err error
 	for _, s := range services {
-		st := *s.Status()
-		if l := s.up.looked(s.branch); st.state == stateOK && l.err != nil { // there is no second look that could tell
-			st.State, st.Info, st.state = "DIFF", oneLine(unmark(l.err.Error())), stateDiff
-		}
-		fmt.Fprintln(stdout, strings.TrimSpace(fmt.Sprintf("%s %.8s %s %s", s.service, st.Commit, st.State, st.Info)))
+		st := s.Status()
+		line := fmt.Sprintf("%s %.8s %s %s", s.service, st.Commit, st.State, st.Info)
+		fmt.Fprintln(stdout, strings.TrimSpace(line))
 		if st.state != stateOK && st.state != stateFreeze {
-			err = errNotAll
+			err = errors.New("not all services are OK")
 		}
 	}
 	return err
 }
 
-// watch keeps systemd's status line, and notices a changed config: with -r a right one ends us, a wrong one is reported
-// and the running one stays.
-func (a *agent) watch(running *config) {
-	path, seen, status := a.configPath(), running, ""
+// watch keeps systemd's status line, and notices a changed config: with -r a right one ends us.
+func (a *agent) watch() {
+	file, status := a.configPath(), ""
+	text := a.right.files[file]
 	for tick := time.Tick(2 * time.Second); ; {
 		select {
 		case <-a.stop.soft.Done():
@@ -612,59 +388,43 @@ func (a *agent) watch(running *config) {
 			status = s
 			notify(a.socket, "STATUS="+s)
 		}
-		if a.configOK.Load() && !seen.changed() {
+		if a.wrong.Load() == nil && !a.right.changed() {
 			continue
 		}
 
-		c, err := loadConfig(a.options, os.ReadFile)
-		a.configOK.Store(err == nil)
-		if err != nil {
-			if err.Error() != a.said {
-				a.said = err.Error()
-				slog.Error(fmt.Sprintf("the new config is wrong, the running one stays: %s", oneLine(a.said)))
-			}
+		c, err := a.load()
+		if err != nil || c.files[file] == text { // key files are read anew by those who use them
 			continue
 		}
-		if a.said != "" {
-			slog.Info("the config is right again")
-			a.said = ""
-		}
-		a.keep(c)
-		isNews := c.files[path] != seen.files[path]
-		seen = c
-		switch {
-		case c.files[path] == running.files[path]: // a change of key files is none of ours
-		case a.restart:
+		if a.restart {
 			a.end(ending{"the config has changed", 2})
 			return
-		case isNews:
-			slog.Warn("the config has changed: restart gitopper to use it (or run it with -r)")
 		}
+		text = c.files[file]
+		slog.Warn("the config has changed: it is used after a restart (at once with -r)")
 	}
 }
 
-// summary counts services by state and names those in trouble, for systemd's status line.
+// summary counts services and names those in trouble, for systemd's status line.
 func (a *agent) summary() string {
-	n, bad := map[string]int{}, ""
-	for _, s := range *a.services.Load() {
-		st := s.Status()
-		n[st.State]++
-		if st.state >= stateBroken {
-			bad += " " + st.Service
+	services, bad := *a.services.Load(), []string{}
+	for _, s := range services {
+		if st := s.Status(); st.state >= stateBroken {
+			bad = append(bad, st.Service)
 		}
 	}
-	text := fmt.Sprintf("%d ok, %d frozen, %d in trouble", n["OK"], n["FREEZE"]+n["ROLLBACK"], n["BROKEN"]+n["DIFF"])
-	if bad != "" {
-		text += ":" + bad
+	text := fmt.Sprintf("%d services", len(services))
+	if len(bad) > 0 {
+		text += fmt.Sprintf(", %d in trouble: %s", len(bad), someOf(bad))
 	}
-	if !a.configOK.Load() {
+	if a.wrong.Load() != nil {
 		text += "; the config is wrong"
 	}
 	return text
 }
 
-// configRight says whether neither the config nor a key file, on disk or upstream, is newer than what runs because it is
-// wrong.
+// configRight says whether neither the config nor a key file, on disk or upstream, is newer than what runs
+// because it is wrong.
 func (a *agent) configRight() bool {
 	for _, s := range *a.services.Load() {
 		if s.Status().Refused == "config" {
@@ -672,7 +432,7 @@ func (a *agent) configRight() bool {
 		}
 	}
 	server := a.server.Load()
-	return a.configOK.Load() && (server == nil || server.keysOK())
+	return a.wrong.Load() == nil && (server == nil || server.keysOK())
 }
 
 // feedWatchdog tells systemd that all loops turn, as long as they do.
@@ -706,7 +466,7 @@ func (a *agent) serveSSH(c *config, services []*Service) {
 		return
 	}
 	hostKey := cmp.Or(a.hostkey, filepath.Join(a.stateDir, "ssh_host_ed25519_key"))
-	a.persist(func() error {
+	_ = a.persist(retryPort, func() error {
 		server, err := newSSHServer(hostKey, a.hostkey == "", c.keys, c.machines, a.names[0], services)
 		if err == nil {
 			a.server.Store(server)
@@ -723,56 +483,36 @@ func (a *agent) listen(option, addr string) (l net.Listener) {
 	if addr == "" || a.mode == onceMode {
 		return nil
 	}
-	a.persist(func() (err error) {
+	_ = a.persist(retryPort, func() (err error) {
 		if l, err = net.Listen("tcp", addr); err != nil {
-			return fmt.Errorf("%s: %w: give another address, or end what has this one; it is tried again", option, err)
+			return fmt.Errorf("%s: %w: give another address, or end what has this one; "+
+				"it is tried again", option, err)
 		}
 		return nil
 	})
 	return l
 }
 
-// persist tries something every few seconds until it works or we are to end, and logs each new error once.
-func (a *agent) persist(try func() error) {
+// retryPort is how long we wait at most before we try again to serve an interface.
+const retryPort = 3 * time.Second
+
+// persist tries something until it works or we are to end, waits ever longer between two tries, up to most,
+// and logs each new error once. With --once there is one try.
+func (a *agent) persist(most time.Duration, try func() error) error {
 	said := ""
-	for a.stop.soft.Err() == nil {
+	for wait := min(time.Second, most); a.stop.soft.Err() == nil; wait = min(2*wait, most) {
 		err := try()
-		if err == nil {
-			return
+		if err == nil || a.mode == onceMode {
+			return err
 		}
 		if err.Error() != said {
 			said = err.Error()
-			slog.Error(said)
+			slog.Error(oneLine(said))
 		}
 		select {
 		case <-a.stop.soft.Done():
-		case <-time.After(3 * time.Second):
+		case <-time.After(wait):
 		}
 	}
-}
-
-// lock makes us the only gitopper on a state directory, until the returned function is called or we end, however. Users'
-// clones lie below the directory, so they may pass through it; they can't list it.
-func lock(dir string) (unlock func(), err error) {
-	if err := errors.Join(os.MkdirAll(dir, 0o711), os.Chmod(dir, 0o711)); err != nil {
-		return nil, fmt.Errorf("state directory: %w", err)
-	}
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("state directory: %w", err)
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		pid, _ := io.ReadAll(io.LimitReader(f, 20))
-		_ = f.Close()
-		return nil, fmt.Errorf("another gitopper, pid %s, works with %s: end that one first", bytes.TrimSpace(pid), dir)
-	}
-	err = f.Truncate(0)
-	if err == nil {
-		_, err = f.WriteAt(fmt.Appendln(nil, os.Getpid()), 0)
-	}
-	if err != nil {
-		_ = f.Close()
-		return nil, fmt.Errorf("state directory: %w", err)
-	}
-	return func() { _ = f.Close() }, nil
+	return context.Cause(a.stop.soft)
 }

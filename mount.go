@@ -179,7 +179,8 @@ func (t *mountTable) sweep(
 	}
 
 	keep := slices.Concat(wanted, stuck)
-	t.Shown = slices.DeleteFunc(t.Shown, func(s shown) bool { return !slices.Contains(keep, resolve(s.Local)) })
+	isGone := func(s shown) bool { return !slices.Contains(keep, resolve(s.Local)) }
+	t.Shown = slices.DeleteFunc(t.Shown, isGone)
 	t.Made = unmake(t.Made, wanted)
 	return gone, errors.Join(errs, save())
 }

@@ -29,7 +29,7 @@ const (
 	maxObject   = 64 << 20
 	maxTree     = 16 << 20
 	maxHistory  = 100_000
-	maxParents  = 10_000
+	maxHead     = 1 << 20 // of a commit, up to its author: 20,000 parents
 )
 
 // damaged says that the clone lacks an object that it should have, or has a wrong one in its place.
@@ -37,24 +37,24 @@ type damaged struct{ error }
 
 func (d damaged) Unwrap() error { return d.error }
 
-// errNoCommit says that a commit is not in the clone.
-var errNoCommit = errors.New("is not in the clone")
-
 // errMissing says that git has no object of that id.
-var errMissing = errors.New("is missing")
+var errMissing = errors.New("is not in the clone")
 
 // objects reads objects by their ids from one git cat-file --batch, and computes each id itself. It never
 // asks upstream (there is no remote in the skeleton that it reads through), sees what a later fetch brings,
 // and is for one goroutine.
 type objects struct {
 	u       *upstream
-	made    int // which clone it reads
+	hurt    *error // of the clone that it reads
 	in, out *os.File
 	answers *bufio.Reader
 	end     context.CancelFunc
 	ended   chan error // how git ended
 	left    int64      // bytes of blobs that may still be copied
 	err     error      // after which nothing more is read
+
+	trees map[string][]entry // by id: services share those above their links, and a bomb is made of few
+	kept  int                // entries in trees
 }
 
 // open starts reading objects of the clone as it is, without network. Where the account of the clone's user
@@ -80,7 +80,10 @@ func (u *upstream) open(ctx context.Context) (*objects, error) {
 	cmd.Stdin, cmd.Stdout = inRead, outWrite
 	ctx, cancel := context.WithCancel(ctx)
 	o := &objects{u: u, in: in, out: out, answers: bufio.NewReaderSize(out, 64<<10), end: cancel}
-	o.ended, o.left, o.made = make(chan error, 1), maxShown, u.clones()
+	o.ended, o.left, o.trees = make(chan error, 1), maxShown, map[string][]entry{}
+	u.mu.Lock()
+	o.hurt = u.hurt
+	u.mu.Unlock()
 
 	// Somebody else's process may hold the pipes open, so that git's end alone does not end a read.
 	context.AfterFunc(ctx, func() {
@@ -112,48 +115,50 @@ func (o *objects) blob(id string, w io.Writer) (size int64, err error) {
 	return size, err
 }
 
-// whole returns a commit or tree.
+// whole returns a commit or tree. The entries of a tree take ten times its size in memory.
 func (o *objects) whole(id, kind string) ([]byte, error) {
 	var b bytes.Buffer
-	limit := int64(maxObject)
-	if kind == "tree" {
-		limit = maxTree // its entries take ten times that in memory
-	}
-	_, err := o.copy(id, kind, limit, &b)
+	_, err := o.copy(id, kind, map[string]int64{"commit": maxObject, "tree": maxTree}[kind], &b)
 	return b.Bytes(), err
 }
 
 // copy asks for one object, and copies it to w while its id is computed.
-func (o *objects) copy(id, kind string, limit int64, w io.Writer) (int64, error) {
+func (o *objects) copy(id, kind string, limit int64, w io.Writer) (size int64, err error) {
 	if o.err != nil {
 		return 0, o.err
 	}
 	o.expect(0)
-	size, err := o.header(id, kind)
+	size, err = o.header(id, kind)
 	if errors.Is(err, errMissing) {
 		return 0, fmt.Errorf("%s %.12s %w", kind, id, err)
-	} else if err != nil {
-		return 0, o.fail(fmt.Errorf("read %s %.12s: %w", kind, id, err))
 	}
-	if size > limit {
-		info := fmt.Sprintf("%s %.12s: more than %d MiB", kind, id, limit>>20)
-		return 0, o.fail(&refusal{Reason: "link", Info: info})
+	if err == nil && size > limit {
+		err = &refusal{Reason: "link", Info: fmt.Sprintf("%s %.12s: more than %d MiB", kind, id, limit>>20)}
 	}
+	if err == nil {
+		err = o.body(id, kind, size, w)
+	}
+	if err != nil {
+		return size, o.fail(fmt.Errorf("read %s %.12s: %w", kind, id, err))
+	}
+	return size, nil
+}
 
+// body copies what follows the first line of an answer.
+func (o *objects) body(id, kind string, size int64, w io.Writer) error {
 	o.expect(size)
 	h := newHash(len(id))
 	fmt.Fprintf(h, "%s %d\x00", kind, size)
-	n, err := io.CopyN(io.MultiWriter(h, w), o.answers, size)
-	if err != nil {
-		return n, o.fail(fmt.Errorf("read %s %.12s: %w", kind, id, err))
+	if _, err := io.CopyN(io.MultiWriter(h, w), o.answers, size); err != nil {
+		return err
 	}
 	if end, err := o.answers.ReadByte(); err != nil || end != '\n' {
-		return n, o.fail(fmt.Errorf("read %s %.12s: git's answer has no end: %w", kind, id, err))
+		return fmt.Errorf("git's answer has no end: %w", err)
 	}
 	if got := hex.EncodeToString(h.Sum(nil)); got != id {
-		return n, o.fail(damaged{fmt.Errorf("%s %.12s of the clone is in truth %.12s", kind, id, got)})
+		return damaged{fmt.Errorf("%s %.12s of the clone is in truth %.12s", kind, id, got)}
 	}
-	return n, nil
+	return nil
 }
 
 // expect sets the time until which git must have answered with so many bytes: it may be stopped by the user
@@ -180,11 +185,10 @@ func (o *objects) header(id, kind string) (size int64, err error) {
 		return 0, errMissing
 	}
 
-	rest, ok := strings.CutPrefix(string(line), id+" ")
-	is, digits, _ := strings.Cut(strings.TrimSuffix(rest, "\n"), " ")
-	size, err = strconv.ParseInt(digits, 10, 64)
+	var got, is string
+	_, err = fmt.Sscanf(string(line), "%s %s %d\n", &got, &is, &size)
 	switch {
-	case !ok, err != nil, size < 0:
+	case err != nil, got != id, size < 0:
 		return 0, fmt.Errorf("git answers %.80q", line)
 	case is != kind:
 		return 0, &refusal{Reason: "link", Info: fmt.Sprintf("object %.12s is a %s, not a %s", id, is, kind)}
@@ -206,7 +210,7 @@ func (o *objects) fail(err error) error {
 		}
 	}
 	if errors.As(err, &damaged{}) {
-		o.u.hurts(err, o.made)
+		o.u.hurts(o.hurt, err)
 	}
 	o.err = err
 	o.end()
@@ -234,47 +238,35 @@ func isHash(s string) bool {
 //	author ...
 func (o *objects) commit(id string) (top string, parents []string, err error) {
 	data, err := o.whole(id, "commit")
-	if errors.Is(err, errMissing) {
-		return "", nil, fmt.Errorf("commit %.8s %w", id, errNoCommit)
-	} else if err != nil {
+	if err != nil {
 		return "", nil, err
 	}
-
-	i := 0
-	for line := range bytes.Lines(data) { // not copied, for a commit of one megabyte may name 20,000 parents
-		key, value, _ := strings.Cut(strings.TrimSuffix(string(line), "\n"), " ")
-		right := isHash(value) && len(value) == len(id)
-		switch {
-		case i == 0 && key == "tree" && right:
-			top = value
-		case i > 0 && key == "parent" && right && len(parents) < maxParents:
-			parents = append(parents, value)
-		case i > 0 && key == "author":
-			return top, parents, nil
-		default:
-			return "", nil, malformed(id, fmt.Sprintf("line %d is %.80q", i+1, line))
+	var ids []string
+	if head := commitHead.FindSubmatch(data[:min(len(data), maxHead)]); head != nil {
+		for i, word := range strings.Fields(string(head[1])) {
+			if i%2 == 1 {
+				ids = append(ids, word)
+			}
 		}
-		i++
 	}
-	return "", nil, malformed(id, "it has no author")
+	isOdd := func(s string) bool { return len(s) != len(id) }
+	if ids == nil || slices.ContainsFunc(ids, isOdd) {
+		info := fmt.Sprintf("commit %.8s is malformed: it begins with %.160q", id, data)
+		return "", nil, &refusal{version: version{id, digest("link", id)}, Reason: "link", Info: info}
+	}
+	return ids[0], ids[1:], nil
 }
 
-func malformed(commit, why string) error {
-	info := fmt.Sprintf("commit %.8s is malformed: %s", commit, why)
-	return &refusal{version: version{commit, digest("link", commit)}, Reason: "link", Info: info}
-}
+var commitHead = regexp.MustCompile(`^(tree [0-9a-f]+\n(?:parent [0-9a-f]+\n)*)author `)
 
 // history calls visit with each commit that can be reached from one, that first, until visit returns false
 // or 100,000 have been visited. Each is hashed.
 func (o *objects) history(from string, visit func(id string) bool) error {
 	seen := map[string]bool{from: true}
 	queue := []string{from}
-	for n := 0; len(queue) > 0; n++ {
+	for len(queue) > 0 {
 		id := queue[0]
 		queue = queue[1:]
-		if n == maxHistory {
-			return nil
-		}
 		if !visit(id) {
 			return nil
 		}
@@ -283,7 +275,7 @@ func (o *objects) history(from string, visit func(id string) bool) error {
 			return err
 		}
 		for _, p := range parents {
-			if !seen[p] && len(seen) < maxHistory { // more are never visited
+			if !seen[p] && len(seen) < maxHistory {
 				seen[p] = true
 				queue = append(queue, p)
 			}
@@ -299,28 +291,26 @@ func (u *upstream) find(ctx context.Context, branch, prefix string, ran []string
 		return prefix, nil
 	}
 	found := map[string]bool{}
-	for _, c := range ran {
-		if strings.HasPrefix(c, prefix) {
-			found[c] = true
+	note := func(id string) bool {
+		if strings.HasPrefix(id, prefix) {
+			found[id] = true
 		}
+		return id != prefix
 	}
-
+	for _, c := range ran {
+		note(c)
+	}
 	if tip := u.looked(branch).tip; tip != "" {
 		o, err := u.open(ctx)
 		if err != nil {
 			return "", err
 		}
 		defer o.close()
-		err = o.history(tip, func(id string) bool {
-			if strings.HasPrefix(id, prefix) {
-				found[id] = true
-			}
-			return id != prefix
-		})
-		if err != nil {
+		if err := o.history(tip, note); err != nil {
 			return "", err
 		}
 	}
+
 	switch len(found) {
 	case 0:
 		return "", fmt.Errorf("no commit %s in the history of %s, nor one that ran here", prefix, branch)
@@ -375,26 +365,26 @@ func (u *upstream) verify(ctx context.Context, commit, signers string) error {
 	}
 
 	payload, signature, when := splitSignature(string(data), len(commit))
-	why := errors.New("it carries no signature")
+	isSSH := strings.HasPrefix(signature, "-----BEGIN SSH SIGNATURE-----")
 	switch {
 	case signature == "":
-	case !strings.HasPrefix(signature, "-----BEGIN SSH SIGNATURE-----"), len(signature) > 16<<10:
-		why = errors.New("it carries another kind of signature")
+		err = errors.New("it carries no signature")
+	case !isSSH, len(signature) > 16<<10:
+		err = errors.New("it carries another kind of signature")
 	default:
-		why = verifySSH(ctx, signers, payload, signature, when)
-	}
-	if why == nil {
-		return nil
-	}
-	if tooOld.MatchString(why.Error()) {
-		return fmt.Errorf("OpenSSH 8.2 or newer is needed for signers: %w", why)
+		err = verifySSH(ctx, signers, payload, signature, when)
 	}
 	exit := (*exec.ExitError)(nil)
-	judged := errors.As(why, &exit) && exit.ExitCode() > 0
-	if ran := strings.HasPrefix(why.Error(), "ssh-keygen"); ran && !judged {
-		return why // not there, killed, or took too long
+	judged := errors.As(err, &exit) && exit.ExitCode() > 0
+	switch {
+	case err == nil:
+		return nil
+	case tooOld.MatchString(err.Error()):
+		return fmt.Errorf("OpenSSH 8.2 or newer is needed for signers: %w", err)
+	case strings.HasPrefix(err.Error(), "ssh-keygen") && !judged:
+		return err // not there, killed, or took too long
 	}
-	info := fmt.Sprintf("commit %.8s is not signed by one of %s: %v", commit, signers, why)
+	info := fmt.Sprintf("commit %.8s is not signed by one of %s: %v", commit, signers, err)
 	return &refusal{version: version{Commit: commit}, Reason: "signers", Info: info}
 }
 
@@ -404,36 +394,26 @@ var tooOld = regexp.MustCompile(`nknown option|illegal option|usage:`)
 // splitSignature takes a commit apart into what was signed, the signature made for its kind of hash, and the
 // committer's time. Lines of a header after its first begin with a blank.
 func splitSignature(commit string, digits int) (payload, signature string, when time.Time) {
-	header := "gpgsig "
-	if digits == sha256.Size*2 {
-		header = "gpgsig-sha256 "
-	}
 	head, message, _ := strings.Cut(commit, "\n\n")
-	var signed, sig strings.Builder
-	to := &signed
-	for line := range strings.SplitSeq(head, "\n") {
-		text := line
-		more, continued := strings.CutPrefix(line, " ")
-		switch first, is := strings.CutPrefix(line, header); {
-		case is:
-			to, text = &sig, first
-		case strings.HasPrefix(line, "gpgsig"):
-			to = nil // for the other kind of hash
-		case !continued:
-			to = &signed
-		case to == &sig:
-			text = more
-		}
-		if f := strings.Fields(line); to == &signed && f != nil && f[0] == "committer" {
-			seconds, _ := strconv.ParseInt(f[max(0, len(f)-2)], 10, 64)
-			when = time.Unix(seconds, 0)
-		}
-		if to != nil {
-			to.WriteString(text + "\n")
+	head += "\n"
+	for _, m := range gpgsig.FindAllStringSubmatch(head, -1) {
+		if isOfKind := (m[1] == "-sha256") == (digits == sha256.Size*2); isOfKind {
+			signature += strings.ReplaceAll(m[2], "\n ", "\n")
 		}
 	}
-	return signed.String() + "\n" + message, sig.String(), when
+	payload = gpgsigAny.ReplaceAllString(head, "") + "\n" + message
+	if m := committer.FindStringSubmatch(head); m != nil {
+		seconds, _ := strconv.ParseInt(m[1], 10, 64)
+		when = time.Unix(seconds, 0)
+	}
+	return payload, signature, when
 }
+
+var (
+	gpgsig    = regexp.MustCompile(`(?m)^gpgsig(|-sha256) (.*\n(?: .*\n)*)`)
+	gpgsigAny = regexp.MustCompile(`(?m)^gpgsig.*\n(?: .*\n)*`)
+	committer = regexp.MustCompile(`(?m)^committer .* (\d+) [-+]\d+$`)
+)
 
 // verifySSH asks ssh-keygen(1) whether a signature is by one of the signers. Times are in the host's time
 // zone, as those in the signers file.

@@ -20,28 +20,8 @@ type candidate struct {
 	edited []string // local edits that are to stay
 }
 
-// pass reconciles once and makes the outcome known. A pass that was ended from outside has no outcome.
-func (s *Service) pass(ctx context.Context) {
-	out := s.reconcile(ctx)
-	s.conclude(ctx, out)
-}
-
-func (s *Service) conclude(ctx context.Context, out outcome) {
-	wasEnded := ctx.Err() != nil
-	if !wasEnded {
-		s.last, s.undo = &out, false
-		s.facts.ready = s.facts.ready && out.err == nil
-	}
-	s.publishStatus()
-	err := s.save()
-	if err != nil && !wasEnded && out.err == nil {
-		s.last.err = err
-		s.publishStatus()
-	}
-}
-
-// reconcile is one pass between what is wanted (the config, and upstream's commit or the pin) and what is there. It may be
-// ended by ctx or killed at any point: the next one goes on from what it finds.
+// reconcile is one pass between what is wanted (the config, and upstream's commit or the pin) and what is
+// there. It may be ended by ctx or killed at any point: the next one goes on from what it finds.
 func (s *Service) reconcile(ctx context.Context) (out outcome) {
 	if out.err = s.save(); out.err != nil { // where nothing can be remembered, nothing is changed
 		return out
@@ -58,11 +38,11 @@ func (s *Service) reconcile(ctx context.Context) (out outcome) {
 	if c == nil {
 		return out
 	}
-	good := s.rec.Good
+	goodBefore := s.rec.Good // bring may make c the good one
 	err := s.bring(ctx, c, &out)
 	switch {
 	case err == nil:
-		out.err = cmp.Or(out.err, s.acquitOrConvict(c.Content == good.Content, &out))
+		out.err = cmp.Or(out.err, s.acquitOrConvict(c.Content == goodBefore.Content, &out))
 	case s.onTrial(ctx, c.version, err):
 		s.takeBack(ctx, c.version, err, &out)
 	default:
@@ -86,7 +66,8 @@ func (s *Service) ensurePackage(ctx context.Context) error {
 	if s.pkg == "" {
 		return nil
 	}
-	// Others' installs may rightly take hours: the watchdog's end of us would be the end of the package manager.
+	// Others' installs may rightly take hours: the watchdog's end of us would be the end of the package
+	// manager.
 	s.deadline.Store(0)
 	installed, err := s.packages.ensure(ctx, s.pkg, s.step)
 	s.within(localLimit)
@@ -100,7 +81,8 @@ func (s *Service) ensurePackage(ctx context.Context) error {
 	return nil
 }
 
-// ensureReady finds the service's user, takes the mounts of earlier configs away, and makes the directory the service's.
+// ensureReady finds the service's user, takes the mounts of earlier configs away, and makes the directory the
+// service's.
 func (s *Service) ensureReady(ctx context.Context) error {
 	if s.facts.ready && !s.files.pending() {
 		return nil
@@ -145,8 +127,8 @@ func (s *Service) sweep(ctx context.Context) error {
 	return nil
 }
 
-// choose returns the version that should run, judged and laid out, nil if nothing can be done; out says why that is not
-// upstream's newest, or what is wrong.
+// choose returns the version that should run, judged and laid out, nil if nothing can be done; out says why
+// that is not upstream's newest, or what is wrong.
 func (s *Service) choose(ctx context.Context, out *outcome) *candidate {
 	live := s.files.live()
 	want, err := s.wanted(ctx, live, out)
@@ -177,7 +159,8 @@ func (s *Service) choose(ctx context.Context, out *outcome) *candidate {
 	return c
 }
 
-// wanted says which version should run: the pin's, or upstream's newest unless it is refused already, or a place to stay.
+// wanted says which version should run: the pin's, or upstream's newest unless it is refused already, or a
+// place to stay.
 func (s *Service) wanted(ctx context.Context, live version, out *outcome) (version, error) {
 	if p := s.rec.Pin; p != nil {
 		v, err := s.today(ctx, p.version, live)
@@ -188,6 +171,7 @@ func (s *Service) wanted(ctx context.Context, live version, out *outcome) (versi
 	}
 
 	l := s.up.looked(s.branch)
+	// One missed look is no news, unless nothing runs yet, or we had trouble before we were started anew.
 	firstOnTopOfTrouble := s.last == nil && s.rec.Row.State == stateDiff.String()
 	counts := l.misses > 1 || live.Commit == "" || firstOnTopOfTrouble
 	if l.err != nil && counts {
@@ -234,12 +218,14 @@ func (s *Service) today(ctx context.Context, v, live version) (version, error) {
 	return v, err
 }
 
-// isOfToday says whether a version's content is that of today's links. Contents begin with a digest of the links.
+// isOfToday says whether a version's content is that of today's links. Contents begin with a digest of the
+// links.
 func (s *Service) isOfToday(v version) bool {
 	return strings.HasPrefix(v.Content, linksKey(s.dirs)[:8]+"-")
 }
 
-// rest is where to stay when upstream's commit is not to be had: on what runs, unless that itself was taken back.
+// rest is where to stay when upstream's commit is not to be had: on what runs, unless that itself was taken
+// back.
 func (s *Service) rest(ctx context.Context, live version) version {
 	tookBack := s.refused(live) != nil || s.rec.Suspect != nil && s.rec.Suspect.Content == live.Content
 	if tookBack && s.rec.Good.Commit != "" {
@@ -254,9 +240,9 @@ func (s *Service) rest(ctx context.Context, live version) version {
 	return v
 }
 
-// examine looks at a version before anything of it goes live: its signature, and what our own config's gate and the check
-// say of it. A *refusal says why it must not. What runs is not examined again, and neither is a pin, which was when it
-// was made.
+// examine looks at a version before anything of it goes live: its signature, and what our own config's gate
+// and the check say of it. A *refusal says why it must not. What runs is not examined again, and neither is a
+// pin, which was when it was made.
 func (s *Service) examine(ctx context.Context, v, live version) (*candidate, error) {
 	isNew := s.rec.Pin == nil && v.Commit != s.facts.tip.Commit
 	if s.signers != "" && isNew && v.Commit != live.Commit && v.Commit != s.rec.Good.Commit {
@@ -295,8 +281,8 @@ func (s *Service) verify(ctx context.Context, commit string, live version) error
 	return s.up.verify(ctx, commit, s.signers)
 }
 
-// layOut compares a version's files with the disk, and stages those that the disk lacks. Local edits of a pinned service
-// are left out, but after a rollback or unfreeze.
+// layOut compares a version's files with the disk, and stages those that the disk lacks. Local edits of a
+// pinned service are left out, but after a rollback.
 func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err error) {
 	s.within(fetchLimit + localLimit)
 	if s.files.pending() {
@@ -337,8 +323,8 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	return c, s.files.stage(ctx, c.want, c.diff, o.blob)
 }
 
-// precheck has our own config's gate and the check judge the candidate. Every local is made first where it is missing, for
-// a mount needs a place.
+// precheck has our own config's gate and the check judge the candidate. Every local is made first where it is
+// missing, for a mount needs a place.
 func (s *Service) precheck(ctx context.Context, c *candidate) error {
 	if s.gate != nil {
 		read := func(name string) ([]byte, error) { return s.readCandidate(c, name) }
@@ -362,8 +348,8 @@ func (s *Service) precheck(ctx context.Context, c *candidate) error {
 	return err
 }
 
-// bring makes a candidate's files live, shows them at every local, and sees to it that the unit runs on them: the one way,
-// whoever wants it. Each step does nothing where nothing is to be done.
+// bring makes a candidate's files live, shows them at every local, and sees to it that the unit runs on them:
+// the one way, whoever wants it. Each step does nothing where nothing is to be done.
 func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	out.edited = c.edited
 	if len(out.edited) > 0 && (s.last == nil || !slices.Equal(s.last.edited, out.edited)) {
@@ -379,8 +365,10 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	if err := s.showLinks(c.Content); err != nil {
 		return brokenError{err}
 	}
-	if err := s.keepEdits(c); err != nil {
-		return err
+	if s.files.pending() { // something may have come out
+		if err := s.keepEdits(c); err != nil {
+			return err
+		}
 	}
 	s.noteRan(s.files.live())
 	if err := s.serve(ctx, c.version); err != nil {
@@ -396,24 +384,26 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	return nil
 }
 
-// showLinks makes every local show its link. The record forgets first that the unit was told of content, if a mount is to
-// change.
+// showLinks makes every local show its link. The record forgets first that the unit was told of content in
+// this boot, if a mount is to change.
 func (s *Service) showLinks(content string) error {
 	isWrong := func(d dir) bool { return d.local != "" && !shows(s.files.dir, d.link, d.local) }
-	if content != "" && s.rec.Told.Content == content && slices.ContainsFunc(s.dirs, isWrong) {
-		s.untell()
-		if err := s.save(); err != nil {
-			return err
+	if slices.ContainsFunc(s.dirs, isWrong) {
+		s.facts.mounted = 0
+		wasTold := content != "" && s.rec.Told.Content == content && s.rec.Told.Boot == bootID()
+		if wasTold {
+			s.untell()
+			if err := s.save(); err != nil {
+				return err
+			}
 		}
 	}
-	changed, err := s.rec.Mounts.show(s.service, s.files.dir, s.dirs, s.files.acct, s.save)
-	if changed {
-		s.untell()
-	}
+	_, err := s.rec.Mounts.show(s.service, s.files.dir, s.dirs, s.files.acct, s.save)
 	return err
 }
 
-// publish makes the staged files live. The record forgets first that the unit was told of them, where it was before.
+// publish makes the staged files live. The record forgets first that the unit was told of them, where it was
+// before.
 func (s *Service) publish(ctx context.Context, c *candidate) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -479,7 +469,11 @@ func (s *Service) keepEdits(c *candidate) error {
 // serve tells the unit of what it has not seen, watches it settle, and else looks whether it is still up.
 func (s *Service) serve(ctx context.Context, v version) error {
 	now := told{v, bootID()}
-	wasTold := s.rec.Told.Content == v.Content && s.rec.Told.Boot == now.Boot
+	isNews := s.rec.Told.Content != v.Content
+	if !isNews && s.rec.Told.Boot != now.Boot && s.bootedOnThese(ctx) {
+		s.rec.Told.Boot = now.Boot
+	}
+	wasTold := !isNews && s.rec.Told.Boot == now.Boot
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
@@ -492,8 +486,8 @@ func (s *Service) serve(ctx context.Context, v version) error {
 		if err != nil {
 			return brokenError{err}
 		}
-		slog.Info(fmt.Sprintf("%s: told by %s", s.service, cmp.Or(verb, "none: it is down until it is triggered")),
-			"commit", fmt.Sprintf("%.8s", v.Commit))
+		verb = cmp.Or(verb, "none: it is down until it is triggered")
+		slog.Info(fmt.Sprintf("%s: told by %s", s.service, verb), "commit", fmt.Sprintf("%.8s", v.Commit))
 		s.rec.Told = now
 	case s.rec.Good.Content == v.Content:
 		return s.stillUp(ctx)
@@ -511,10 +505,20 @@ func (s *Service) serve(ctx context.Context, v version) error {
 	return brokenError{err}
 }
 
+// bootedOnThese says whether the unit became active in this boot after the mounts were made, and so on what
+// they show.
+func (s *Service) bootedOnThese(ctx context.Context) bool {
+	if s.facts.mounted == 0 {
+		return false
+	}
+	u, err := showUnit(ctx, s.service)
+	return err == nil && u.running() && u.since > s.facts.mounted
+}
+
 // watch watches the unit settle on what it was told of.
 func (s *Service) watch(ctx context.Context) error {
 	u, err := settle(ctx, s.service, s.action, s.settle)
-	s.facts.toldAt = time.Now()
+	s.facts.seenAt = time.Now()
 	if err != nil || s.action == "restart" {
 		return err
 	}
@@ -527,25 +531,28 @@ func (s *Service) watch(ctx context.Context) error {
 	return nil
 }
 
-// stillUp looks whether a unit that settled is up, in what the last round saw where that is recent.
+// stillUp looks whether a unit that settled is up, in what the last round saw where that is recent. After
+// trouble only what was not seen before is.
 func (s *Service) stillUp(ctx context.Context) error {
 	u := s.unit.Load()
 	hadTrouble := s.last == nil || s.last.err != nil
-	if u == nil || hadTrouble || u.at.Before(s.facts.toldAt) {
+	wasSeen := u == nil || u.at.Before(s.facts.seenAt) || hadTrouble && u.at.Equal(s.facts.seenAt)
+	if wasSeen {
 		now, err := showUnit(ctx, s.service)
 		if err != nil {
 			return brokenError{err}
 		}
 		u = &now
 	}
+	s.facts.seenAt = u.at
 	if !u.well(s.action) {
 		return brokenError{errors.New(u.describe())}
 	}
 	return nil
 }
 
-// onTrial says whether trouble with what is live is to be met by the last good version: that one has not settled yet, and
-// another one is known that did.
+// onTrial says whether trouble with what is live is to be met by the last good version: that one has not
+// settled yet, and another one is known that did.
 func (s *Service) onTrial(ctx context.Context, v version, err error) bool {
 	noFallback := !s.fallback || s.rec.Pin != nil || s.rec.Good.Commit == ""
 	noTrouble := !errors.As(err, new(brokenError)) || errors.As(err, new(recordError))
@@ -556,8 +563,8 @@ func (s *Service) onTrial(ctx context.Context, v version, err error) bool {
 	return err == nil && good.Content != v.Content
 }
 
-// takeBack makes the last good version live again. What failed is remembered first, so that a crash in between goes on from
-// here.
+// takeBack makes the last good version live again. What failed is remembered first, so that a crash in
+// between goes on from here.
 func (s *Service) takeBack(ctx context.Context, v version, cause error, out *outcome) {
 	good, err := s.today(ctx, s.rec.Good, s.files.live())
 	if err == nil {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -15,45 +16,33 @@ import (
 	"syscall"
 )
 
-// layOut opens the service's directory, root's down to the links. One that is not (an older gitopper's checkout,
-// another user's, something planted) makes place for a new one, into which links that are the account's are moved,
-// each by one rename that mounts follow; it is kept whole beside it, and nothing of it is opened.
-func (f *files) layOut() (place, error) {
-	root := account{uid: os.Getuid(), gid: os.Getgid()}
-	top, err := makePlace(f.dir, aDirectory, root)
+// takeDirectory makes the service's directory, root's down to the links. One that is not so (an older
+// gitopper's checkout, another user's, something planted) makes place for a new one, into which links that
+// are the account's are moved, each by one rename that mounts follow; it is kept whole beside it, and nothing
+// of it is opened.
+func (f *files) takeDirectory() error {
+	top, err := makePlace(f.dir, aDirectory, account{uid: os.Getuid(), gid: os.Getgid()})
 	if err != nil {
-		return top, err
+		return err
 	}
-	parent, err := openPlace(filepath.Dir(f.dir))
+	defer top.close()
+	parent, err := openSteady(filepath.Dir(f.dir))
 	if err != nil {
-		top.close()
-		return top, err
+		return err
 	}
 	defer parent.close()
-	if err := parent.standsFast(); err != nil {
-		top.close()
-		return top, brokenError{err}
-	}
-	base := filepath.Base(f.dir)
 
+	base := filepath.Base(f.dir)
 	if !f.isLaidOut(top) {
-		err = f.takeOver(parent, base, top)
-		top.close()
-		if err != nil {
-			return top, fmt.Errorf("lay %s out anew: %w", f.dir, err)
-		}
-		if top, err = openOwn(f.dir); err != nil {
-			return top, err
+		if err := f.takeOver(parent, base, top); err != nil {
+			return fmt.Errorf("lay %s out anew: %w", f.dir, err)
 		}
 	}
 	// What is called new now is the old one, unless it was never gone on with.
 	if _, err := parent.lstat(base + ".new"); err == nil {
-		if err := f.setAside(parent, base+".new", base); err != nil {
-			top.close()
-			return top, err
-		}
+		return f.setAside(parent, base+".new", base)
 	}
-	return top, nil
+	return nil
 }
 
 // isLaidOut says whether a directory is ours to work in. An empty one of root's is made so.
@@ -61,15 +50,15 @@ func (f *files) isLaidOut(top place) bool {
 	if !top.rootsAlone() {
 		return false
 	}
-	st, err := top.lstat(ourDir)
-	if err != nil {
-		names, err := top.names(1)
-		if err != nil || len(names) > 0 {
-			return false
-		}
+	if names, err := top.names(1); err == nil && len(names) == 0 {
 		return syscall.Mkdirat(top.fd, ourDir, 0o700) == nil
 	}
-	if st.Uid != uint32(os.Getuid()) || st.Mode&syscall.S_IFMT != syscall.S_IFDIR {
+	ours, err := top.below(ourDir)
+	if err != nil {
+		return false
+	}
+	defer ours.close()
+	if ours.kind() != syscall.S_IFDIR || !ours.rootsAlone() {
 		return false
 	}
 
@@ -80,14 +69,11 @@ func (f *files) isLaidOut(top place) bool {
 		if err != nil {
 			continue
 		}
-		for i := range at.open {
-			if !at.open[i].rootsAlone() {
-				return false
-			}
-		}
+		isShared := func(p place) bool { return !p.rootsAlone() }
 		st, err := dir.lstat(path.Base(l.link))
-		isDir := st.Mode&syscall.S_IFMT == syscall.S_IFDIR
-		if err == nil && l.kind == aDirectory && isDir && int(st.Uid) != f.acct.uid {
+		isDir := st.Mode&syscall.S_IFMT == syscall.S_IFDIR && l.kind == aDirectory
+		isOthers := err == nil && isDir && int(st.Uid) != f.acct.uid
+		if isOthers || slices.ContainsFunc(at.open, isShared) {
 			return false
 		}
 	}
@@ -111,69 +97,55 @@ func (f *files) takeOver(parent place, base string, old place) error {
 	defer fresh.close()
 
 	for _, l := range f.outerLinks() {
-		if err := f.moveLink(old, fresh, l.link, func(st syscall.Stat_t) bool {
-			isDir := st.Mode&syscall.S_IFMT == syscall.S_IFDIR
-			isFile := st.Mode&syscall.S_IFMT == syscall.S_IFREG
-			right := isDir && l.kind == aDirectory || isFile && l.kind == aFile
-			return right && int(st.Uid) == f.acct.uid
+		mode := map[kind]uint32{aDirectory: syscall.S_IFDIR, aFile: syscall.S_IFREG}[l.kind]
+		if err := moveOver(old, fresh, l.link, func(st syscall.Stat_t) bool {
+			return st.Mode&syscall.S_IFMT == mode && int(st.Uid) == f.acct.uid
 		}); err != nil {
 			return fmt.Errorf("move %s: %w", l.link, err)
 		}
 	}
 	for _, n := range f.nested {
-		rel, err := filepath.Rel(f.dir, n)
-		if err != nil || strings.HasPrefix(rel, "..") {
-			continue
-		}
-		if err := f.moveLink(old, fresh, rel, func(st syscall.Stat_t) bool {
+		if err := moveOver(old, fresh, strings.TrimPrefix(n, f.dir+"/"), func(st syscall.Stat_t) bool {
 			return st.Mode&syscall.S_IFMT == syscall.S_IFDIR
 		}); err != nil {
 			return fmt.Errorf("move %s: %w", n, err)
 		}
 	}
-
 	if err := fresh.sync("."); err != nil {
 		return err
 	}
-	if err := renameat2(parent, base, parent, base+".new", renameExchange); err != nil {
-		return err
-	}
-	return f.setAside(parent, base+".new", base)
+	return renameat2(parent, base, parent, base+".new", renameExchange)
 }
 
 // freshDir opens base.new, made unless it is there and root's.
 func (f *files) freshDir(parent place, base string) (place, error) {
 	name := base + ".new"
-	fresh, err := placeAt(parent.fd, name)
-	if err == nil && !fresh.rootsAlone() { // somebody planted it
-		fresh.close()
-		err = errors.Join(f.setAside(parent, name, base), syscall.ENOENT)
-	}
-	if errors.Is(err, syscall.ENOENT) {
-		if err := syscall.Mkdirat(parent.fd, name, 0o755); err != nil {
+	for range 2 {
+		if err := syscall.Mkdirat(parent.fd, name, 0o755); err != nil && err != syscall.EEXIST {
+			return place{-1}, err
+		}
+		fresh, err := placeAt(parent.fd, name)
+		if err != nil {
 			return fresh, err
 		}
-		fresh, err = placeAt(parent.fd, name)
-	}
-	if err != nil {
-		return fresh, err
-	}
-
-	err = syscall.Mkdirat(fresh.fd, ourDir, 0o700)
-	if err == syscall.EEXIST {
-		err = nil
-	}
-	if err == nil && !fresh.rootsAlone() {
-		err = errors.New("somebody replaced it while it was made")
-	}
-	if err != nil {
+		if fresh.rootsAlone() {
+			err := syscall.Mkdirat(fresh.fd, ourDir, 0o700)
+			if err == nil || err == syscall.EEXIST {
+				return fresh, nil
+			}
+			fresh.close()
+			return place{-1}, err
+		}
 		fresh.close()
+		if err := f.setAside(parent, name, base); err != nil { // somebody planted it
+			return place{-1}, err
+		}
 	}
-	return fresh, err
+	return place{-1}, errors.New("somebody replaced it while it was made")
 }
 
-// moveLink moves a path from the old directory to the new one, where it is what fits says; else it stays.
-func (f *files) moveLink(old, fresh place, rel string, fits func(syscall.Stat_t) bool) error {
+// moveOver moves a path from the old directory to the new one, where it is what fits says; else it stays.
+func moveOver(old, fresh place, rel string, fits func(syscall.Stat_t) bool) error {
 	from := &descent{top: old}
 	defer from.close()
 	dir, err := from.to(path.Dir(rel))
@@ -181,8 +153,7 @@ func (f *files) moveLink(old, fresh place, rel string, fits func(syscall.Stat_t)
 		return nil // not there
 	}
 	name := path.Base(rel)
-	st, err := dir.lstat(name)
-	if err != nil || !fits(st) {
+	if st, err := dir.lstat(name); err != nil || !fits(st) {
 		return nil
 	}
 
@@ -194,46 +165,57 @@ func (f *files) moveLink(old, fresh place, rel string, fits func(syscall.Stat_t)
 	if err != nil {
 		return err
 	}
-	if err := renameat2(dir, name, into, name, renameNoReplace); err != nil {
-		if err == syscall.EEXIST { // moved before; what lies here was made since
-			return nil
-		}
+	err = renameat2(dir, name, into, name, renameNoReplace)
+	if err == syscall.EEXIST { // moved before; what lies here was made since
+		return nil
+	}
+	if err != nil {
 		return err
 	}
-	if st, err = into.lstat(name); err == nil && !fits(st) {
-		err = errors.Join(errors.New("somebody replaced it"), renameat2(into, name, dir, name, renameNoReplace))
+	if st, err := into.lstat(name); err != nil || !fits(st) {
+		back := renameat2(into, name, dir, name, renameNoReplace)
+		return errors.Join(errors.New("somebody replaced it"), err, back)
 	}
-	return err
+	return nil
 }
 
 // setAside renames what is in our way to base.before, or .before.2 and so on.
 func (f *files) setAside(parent place, name, base string) error {
-	before := base + ".before"
-	for i := 1; i < 10_000; i++ {
-		to := before
-		if i > 1 {
-			to = fmt.Sprintf("%s.%d", before, i)
-		}
+	to := base + ".before"
+	for i := 2; i < 10_000; i++ {
 		err := renameat2(parent, name, parent, to, renameNoReplace)
 		if err == nil {
-			slog.Warn(fmt.Sprintf("%s: laid out anew, what was there as %s is kept beside it as %s", f.dir, base, to))
+			slog.Warn(fmt.Sprintf("%s: laid out anew, what was there as %s is kept beside it as %s",
+				f.dir, base, to))
 		}
 		if err != syscall.EEXIST {
 			return err
 		}
+		to = fmt.Sprintf("%s.before.%d", base, i)
 	}
 	return fmt.Errorf("%s.before.*: %w", f.dir, fs.ErrExist)
 }
 
 // isDressed says whether the .git for people is that of commit, and was written to the end: HEAD is last.
 func (f *files) isDressed(commit, objects string) bool {
-	for name, right := range map[string]string{"HEAD": commit + "\n", "objects/info/alternates": objects + "\n"} {
-		text, err := os.ReadFile(f.dir + "/.git/" + name)
-		if err != nil || string(text) != right {
+	want := map[string]string{"HEAD": commit, "objects/info/alternates": objects}
+	for name, right := range want {
+		text, err := readPlain(f.dir + "/.git/" + name)
+		if err != nil || string(text) != right+"\n" {
 			return false
 		}
 	}
 	return true
+}
+
+// readPlain reads a file where somebody may have put a pipe, which is an error.
+func readPlain(name string) ([]byte, error) {
+	file, _, err := place{-1}.openFile(name)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return io.ReadAll(file)
 }
 
 // dress writes the .git for people: root's git log and git status work in the directory with it. Objects come
@@ -246,14 +228,13 @@ func (f *files) dress(ctx context.Context, commit, objects string) error {
 	defer top.close()
 
 	st, missing := top.lstat(".git")
-	isDir := st.Mode&syscall.S_IFMT == syscall.S_IFDIR
-	usable := missing == nil && isDir && st.Uid == uint32(os.Getuid())
-	if usable && f.fillGit(ctx, top, ".git", commit, objects) == nil {
+	isOurs := st.Mode&syscall.S_IFMT == syscall.S_IFDIR && st.Uid == uint32(os.Getuid())
+	if missing == nil && isOurs && f.fillGit(ctx, top, ".git", commit, objects) == nil {
 		return nil
 	}
 
-	// Only a whole new one takes its place: what is wrong may be the upstream's objects, whose owner could else make
-	// us lay one .git after another aside.
+	// Only a whole new one takes its place: what is wrong may be the upstream's objects, whose owner could
+	// else make us lay one .git after another aside.
 	const fresh = ".git.new"
 	err = errors.Join(ctx.Err(), os.RemoveAll(top.path()+"/"+fresh))
 	if err == nil {
@@ -263,100 +244,101 @@ func (f *files) dress(ctx context.Context, commit, objects string) error {
 		err = f.setAside(top, ".git", ".git")
 	}
 	if err == nil {
-		err = renameat2(top, fresh, top, ".git", renameNoReplace)
+		return renameat2(top, fresh, top, ".git", renameNoReplace)
 	}
-	if err != nil {
-		return errors.Join(err, os.RemoveAll(top.path()+"/"+fresh))
-	}
-	return nil
+	return errors.Join(err, os.RemoveAll(top.path()+"/"+fresh))
 }
+
+// gitConfig is the configuration of the .git for people. A git status would run git in each submodule that it
+// finds, with the configuration there: programs of the user's.
+const gitConfig = `[core]
+	repositoryformatversion = 1
+	bare = false
+	sparseCheckout = true
+	sparseCheckoutCone = false
+[extensions]
+	partialClone = origin
+	objectFormat = %s
+[remote "origin"]
+	promisor = true
+[gc]
+	auto = 0
+[protocol]
+	allow = never
+[diff]
+	ignoreSubmodules = all
+[sparse]
+	expectFilesOutsideOfPatterns = true
+`
 
 // fillGit writes all of .git but what people made in it.
 func (f *files) fillGit(ctx context.Context, top place, name, commit, objects string) error {
 	git := top.path() + "/" + name
-	for _, dir := range []string{"", "/refs", "/objects/info", "/info"} {
-		if err := os.MkdirAll(git+dir, 0o700); err != nil {
-			return err
-		}
+	if err := os.MkdirAll(git+"/refs", 0o700); err != nil {
+		return err
 	}
-
-	config := "[core]\n\trepositoryformatversion = 1\n\tbare = false\n\tsparseCheckout = true\n" +
-		"\tsparseCheckoutCone = false\n[extensions]\n\tpartialClone = origin\n"
-	if len(commit) == 64 {
-		config += "\tobjectFormat = sha256\n"
-	}
-	config += "[remote \"origin\"]\n\tpromisor = true\n[gc]\n\tauto = 0\n[protocol]\n\tallow = never\n"
-	// A git status runs git in each submodule that it finds, with the configuration there: programs of the user's.
-	config += "[diff]\n\tignoreSubmodules = all\n[sparse]\n\texpectFilesOutsideOfPatterns = true\n"
+	format := map[int]string{40: "sha1", 64: "sha256"}[len(commit)]
 	for _, file := range [][2]string{
 		{"HEAD", skeletonHead},
-		{"config", config},
+		{"config", fmt.Sprintf(gitConfig, format)},
 		{"objects/info/alternates", objects + "\n"},
 		{"info/sparse-checkout", f.sparse()},
 		{"info/exclude", f.exclude()},
 		{"info/attributes", "* -text -ident -filter -working-tree-encoding\n"},
 	} {
 		at, text := git+"/"+file[0], []byte(file[1])
-		if old, err := os.ReadFile(at); err == nil && bytes.Equal(old, text) {
+		if old, err := readPlain(at); err == nil && bytes.Equal(old, text) {
 			continue
 		}
-		if err := os.WriteFile(at, text, 0o600); err != nil {
+		if err := writeFile(at, text); err != nil {
 			return err
 		}
 	}
-	if err := f.makeIndex(ctx, top, name, commit); err != nil {
+	if err := f.makeIndex(ctx, git, filepath.Join(f.dir, name), commit); err != nil {
 		return err
 	}
 	return writeFile(git+"/HEAD", []byte(commit+"\n"))
 }
 
-// makeIndex makes an index of commit with our own git: it checks paths when it makes an index, not when it reads
-// one. The work tree is empty meanwhile: our git reads nothing of the user's but objects, which may be forged.
-func (f *files) makeIndex(ctx context.Context, top place, name, commit string) error {
-	git, none, index := top.path()+"/"+name, "gitopper.none", "index.gitopper"
-	for _, leftover := range []string{index, index + ".lock", none} {
-		if err := os.RemoveAll(git + "/" + leftover); err != nil {
-			return err
-		}
-	}
-	if err := os.Mkdir(git+"/"+none, 0o700); err != nil {
+// makeIndex makes an index of commit with our own git: it checks paths when it makes an index, not when it
+// reads one. The work tree is empty meanwhile: our git reads nothing of the user's but objects, which may be
+// forged. git and real both name the .git: by descriptor, and for another process.
+func (f *files) makeIndex(ctx context.Context, git, real, commit string) error {
+	const work = "/gitopper.new"
+	if err := os.RemoveAll(git + work); err != nil {
 		return err
 	}
-	defer os.Remove(git + "/" + none)
+	if err := os.MkdirAll(git+work+"/none", 0o700); err != nil {
+		return err
+	}
+	defer os.RemoveAll(git + work)
 
-	var list []byte
 	links := []string{"ls-files", "-z", "-t", "-s", "--"}
 	for _, d := range f.dirs {
 		links = append(links, d.link)
 	}
+	self := account{uid: os.Getuid(), gid: os.Getgid(), home: "/"}
+	env := []string{"GIT_WORK_TREE=" + real + work + "/none", "GIT_INDEX_FILE=" + real + work + "/index"}
+	list := []byte{}
 	for _, args := range [][]string{{"read-tree", commit}, {"read-tree", "-m", "-u", commit}, links} {
-		real := filepath.Join(f.dir, name)
-		env := []string{"GIT_WORK_TREE=" + real + "/" + none, "GIT_INDEX_FILE=" + real + "/" + index}
-		self := account{uid: os.Getuid(), gid: os.Getgid(), home: "/"}
 		cmd := gitCommand(self, real, env, args...)
 		if args[0] == "ls-files" {
-			cmd.Dir = real + "/" + none
+			cmd.Dir = real + work + "/none"
 		}
 		var err error
 		if list, err = runGit(ctx, args[0], cmd, localLimit); err != nil {
 			return err
 		}
 	}
-	if strings.HasPrefix(string(list), "H 160000 ") || strings.Contains(string(list), "\x00H 160000 ") {
+	if strings.Contains("\x00"+string(list), "\x00H 160000 ") {
 		return errors.New("the clone's objects are not what their ids say: a submodule where there is none")
 	}
-	return os.Rename(git+"/"+index, git+"/index")
+	return os.Rename(git+work+"/index", git+"/index")
 }
-
-var escapePattern = strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`)
 
 // pattern returns what matches exactly a path. See gitignore(5) for the escapes.
 func pattern(p string) string {
-	p = escapePattern.Replace(p)
-	if t := strings.TrimRight(p, " "); t != p {
-		p = t + strings.Repeat(`\ `, len(p)-len(t))
-	}
-	return "/" + p
+	return "/" + strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`, ` `, `\ `).Replace(p)
 }
 
 // sparse returns the patterns of the links, less their submodules. See git-sparse-checkout(1), non-cone.
@@ -381,9 +363,7 @@ func (f *files) sparse() string {
 func (f *files) exclude() string {
 	text := "/" + ourDir + "/\n/.git.before*\n/.git.new\n"
 	for _, n := range f.nested {
-		if rel, err := filepath.Rel(f.dir, n); err == nil && !strings.HasPrefix(rel, "..") {
-			text += pattern(rel) + "\n"
-		}
+		text += pattern(strings.TrimPrefix(n, f.dir+"/")) + "\n"
 	}
 	return text
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -35,136 +36,111 @@ type place struct{ fd int }
 // openPlace opens an absolute path. Below the first directory that someone other than root can write no
 // component may be a symbolic link: its owner could send root anywhere.
 func openPlace(path string) (place, error) {
-	p, err := walkPlace(path, nil)
-	if err != nil {
-		return p, &fs.PathError{Op: "open", Path: path, Err: err}
-	}
-	return p, nil
+	return walkPlace(path, func(place) error { return nil }, nil)
 }
 
-// openOwn is openPlace for a directory of ours that nobody else can change, or replace by another one.
+// openSteady is openPlace for a directory that nobody but root can replace by another one.
+func openSteady(path string) (place, error) { return walkPlace(path, place.isSteady, nil) }
+
+// openOwn is openSteady for a directory of ours in which nobody but root can change anything.
 func openOwn(path string) (place, error) {
-	p, err := openPlace(path)
-	if err != nil {
-		return p, err
-	}
-	if err = p.standsFast(); err == nil && !p.rootsAlone() {
-		err = fmt.Errorf("%s can be changed by others than root", path)
-	}
-	if err != nil {
+	p, err := openSteady(path)
+	if err == nil && !p.rootsAlone() {
+		st, _ := p.stat()
 		p.close()
-		return place{-1}, brokenError{err}
+		return place{-1}, isShared(path, st)
 	}
-	return p, nil
+	return p, err
 }
 
-// standsFast is an error where somebody else could put another directory in the place's: it and all above it must be
-// root's, and where others can write, the sticky bit must keep them from renaming what is root's.
-func (p place) standsFast() error {
-	real, err := os.Readlink(p.path())
-	at := "/"
-	for _, name := range append([]string{""}, pathParts(real)...) {
-		if at = filepath.Join(at, name); err == nil {
-			err = isOwn(at)
-		}
-	}
-	var a, b syscall.Stat_t
-	err = errors.Join(err, syscall.Fstat(p.fd, &a), syscall.Lstat(real, &b))
-	if err == nil && (a.Dev != b.Dev || a.Ino != b.Ino) {
-		err = fmt.Errorf("%s was replaced just now", real)
+// isSteady is an error where others can rename what is root's in a directory: it must be root's, and where
+// others can write, the sticky bit must keep them from that.
+func (p place) isSteady() error {
+	st, err := p.stat()
+	isOpen := st.Mode&0o022 != 0 && st.Mode&syscall.S_ISVTX == 0
+	if err == nil && (st.Uid != 0 || isOpen) {
+		at, _ := os.Readlink(p.path())
+		err = isShared(at, st)
 	}
 	return err
 }
 
-// isOwn is an error where others can rename what is root's in a directory.
-func isOwn(dir string) error {
-	var st syscall.Stat_t
-	if err := syscall.Lstat(dir, &st); err != nil {
-		return &fs.PathError{Op: "lstat", Path: dir, Err: err}
-	}
-	isOurs := st.Uid == 0 || int(st.Uid) == os.Getuid()
-	isShared := st.Mode&0o022 != 0
-	isSticky := st.Mode&syscall.S_ISVTX != 0
-	if isOurs && (isSticky || !isShared) {
-		return nil
-	}
-	return fmt.Errorf("%s can be changed by others than root (user %d, mode %04o): "+
-		"checkouts can't lie there: chown root and chmod go-w it, or use another mount", dir, st.Uid, st.Mode&0o7777)
+func isShared(dir string, st syscall.Stat_t) error {
+	return brokenError{fmt.Errorf("%s can be changed by others than root (user %d, mode %04o): "+
+		"checkouts can't lie there: chown root and chmod go-w it, or use another mount",
+		dir, st.Uid, st.Mode&0o7777)}
 }
 
 // makePlace is openPlace that makes what is missing: parents belong to root, mode 0755, the last component (a
 // directory, or an empty file) to a, but only in a directory that others can't write: elsewhere it stays
 // root's.
 func makePlace(path string, k kind, a account) (place, error) {
-	p, err := walkPlace(path, func(parent place, name string, last bool) error {
+	missing := func(parent place, name string, last bool) error {
 		if last {
 			return parent.make(name, k, a)
 		}
 		return parent.make(name, aDirectory, account{uid: os.Getuid(), gid: os.Getgid()})
-	})
-	if err != nil {
-		return p, &fs.PathError{Op: "make", Path: path, Err: err}
 	}
-	return p, nil
+	return walkPlace(path, func(place) error { return nil }, missing)
 }
 
-// walkPlace descends from the root directory, component by component; missing, unless nil, makes one that is
-// not there.
-func walkPlace(to string, missing func(parent place, name string, last bool) error) (p place, err error) {
-	if p, err = placeAt(-1, "/"); err != nil {
-		return p, err
-	}
-	defer func() {
-		if err != nil {
-			p.close()
-		}
-	}()
-
+// walkPlace descends from the root directory, component by component. check judges each directory on the way,
+// and the place itself; missing, unless nil, makes one that is not there.
+func walkPlace(to string, check func(place) error,
+	missing func(parent place, name string, last bool) error) (place, error) {
 	trusted, links := true, 0
 	rest := pathParts(to)
-	for len(rest) > 0 {
+	p, err := placeAt(-1, "/")
+	for err == nil {
+		trusted = trusted && p.rootsAlone()
+		if err = check(p); err != nil || len(rest) == 0 {
+			break
+		}
 		name := rest[0]
 		rest = rest[1:]
-		trusted = trusted && p.rootsAlone()
-
-		next, err := placeAt(p.fd, name)
+		var next place
+		next, err = placeAt(p.fd, name)
 		if missing != nil && err == syscall.ENOENT {
 			if err = missing(p, name, len(rest) == 0); err == nil {
 				next, err = placeAt(p.fd, name)
 			}
 		}
-		if err != nil {
-			return p, err
-		}
-		if next.kind() != syscall.S_IFLNK {
-			p.close()
-			p = next
-			continue
-		}
 
-		next.close()
-		at, err := os.Readlink(p.path() + "/" + name)
-		if links++; links > 40 {
-			err = syscall.ELOOP
-		}
-		if err == nil && !trusted {
-			err = fmt.Errorf("%q is a symbolic link below a directory that others than root can write: "+
-				"name the directory it points to", name)
-		}
-		if err != nil {
-			return p, err
-		}
-
-		// Everything above is root's alone, so it can't change under our feet.
-		rest = append(pathParts(at), rest...)
-		if filepath.IsAbs(at) {
-			p.close()
-			if p, err = placeAt(-1, "/"); err != nil {
-				return p, err
+		if err == nil && next.kind() == syscall.S_IFLNK {
+			next.close()
+			var target []string
+			if next, target, err = p.follow(name, trusted); links > 40 {
+				err = syscall.ELOOP
 			}
+			rest, links = append(target, rest...), links+1
 		}
+		p.close()
+		p = next
+	}
+	if err != nil {
+		p.close()
+		return place{-1}, &fs.PathError{Op: "open", Path: to, Err: err}
 	}
 	return p, nil
+}
+
+// follow opens the directory from which a symbolic link leads on, and returns the path from there. Where all
+// above it is trusted it can't change under our feet.
+func (p place) follow(name string, trusted bool) (place, []string, error) {
+	if !trusted {
+		return place{-1}, nil, fmt.Errorf("%q is a symbolic link below a directory that others than root "+
+			"can write: name the directory it points to", name)
+	}
+	to, err := os.Readlink(p.path() + "/" + name)
+	if err != nil {
+		return place{-1}, nil, err
+	}
+	start := "."
+	if filepath.IsAbs(to) {
+		start = "/"
+	}
+	from, err := placeAt(p.fd, start)
+	return from, pathParts(to), err
 }
 
 // pathParts returns the components of a path.
@@ -205,22 +181,19 @@ func (p place) rootsAlone() bool {
 }
 
 // below opens a path below p, following no symbolic link on the way or at its end.
-func (p place) below(rel string) (place, error) {
-	at, err := placeAt(p.fd, ".")
-	if err != nil {
-		return at, &fs.PathError{Op: "open", Path: rel, Err: err}
+func (p place) below(rel string) (at place, err error) {
+	way := &descent{top: p}
+	defer way.close()
+	dir, err := way.to(path.Dir(rel))
+	if err == nil {
+		at, err = placeAt(dir.fd, path.Base(rel))
 	}
-	for _, name := range pathParts(rel) {
-		next, err := placeAt(at.fd, name)
+	if err == nil && at.kind() == syscall.S_IFLNK {
 		at.close()
-		if err == nil && next.kind() == syscall.S_IFLNK {
-			next.close()
-			err = syscall.ELOOP
-		}
-		if err != nil {
-			return place{-1}, &fs.PathError{Op: "open", Path: rel, Err: err}
-		}
-		at = next
+		err = syscall.ELOOP
+	}
+	if err != nil {
+		return place{-1}, &fs.PathError{Op: "open", Path: rel, Err: err}
 	}
 	return at, nil
 }
@@ -272,39 +245,19 @@ type descent struct {
 	top   place
 	names []string // of the directories that are open below top
 	open  []place
-	dir   string // what was asked for last
-	stuck string // the first component of dir that is missing or no directory
-	err   error  // why
+	stuck string // the first component that is missing or no directory, of what was asked for last
 	make  func(parent place, name, path string) error
 }
 
 // to opens a directory, relative to the top. Its error is ENOENT, ENOTDIR or ELOOP where it is not there, or
 // not a directory. The place is good until the next call.
 func (d *descent) to(dir string) (place, error) {
-	if dir != d.dir {
-		d.walk(dir)
-	}
-	if d.err != nil {
-		return d.top, d.err
-	}
-	return d.at(), nil
-}
-
-func (d *descent) at() place {
-	if len(d.open) == 0 {
-		return d.top
-	}
-	return d.open[len(d.open)-1]
-}
-
-func (d *descent) walk(dir string) {
 	names := pathParts(dir)
 	same := 0
 	for same < min(len(names), len(d.names)) && names[same] == d.names[same] {
 		same++
 	}
 	d.back(same)
-	d.dir, d.stuck, d.err = dir, "", nil
 
 	for i, name := range names[same:] {
 		path := strings.Join(names[:same+i+1], "/")
@@ -316,11 +269,19 @@ func (d *descent) walk(dir string) {
 			}
 		}
 		if err != nil {
-			d.stuck, d.err = path, err
-			return
+			d.stuck = path
+			return d.top, err
 		}
 		d.names, d.open = append(d.names, name), append(d.open, place{fd})
 	}
+	return d.at(), nil
+}
+
+func (d *descent) at() place {
+	if len(d.open) == 0 {
+		return d.top
+	}
+	return d.open[len(d.open)-1]
 }
 
 // back closes all but the first n directories.
@@ -328,37 +289,26 @@ func (d *descent) back(n int) {
 	for _, p := range d.open[n:] {
 		p.close()
 	}
-	d.names, d.open, d.dir, d.err = d.names[:n], d.open[:n], ".", nil
-	if n > 0 {
-		d.dir = strings.Join(d.names, "/")
-	}
+	d.names, d.open = d.names[:n], d.open[:n]
 }
 
 func (d *descent) close() { d.back(0) }
 
 // names returns what is in a directory, an error if that is more than limit.
 func (p place) names(limit int) ([]string, error) {
-	fd, err := syscall.Openat(p.fd, ".", syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
+	dir, err := os.OpenFile(p.path(), os.O_RDONLY|syscall.O_DIRECTORY, 0) // no pipe, which would hang us
 	if err != nil {
 		return nil, err
 	}
-	dir := os.NewFile(uintptr(fd), "directory")
 	defer dir.Close()
-
-	var names []string
-	for {
-		more, err := dir.Readdirnames(1000)
-		names = append(names, more...)
-		if err == io.EOF {
-			return names, nil
-		}
-		if err == nil && len(names) > limit {
-			err = fmt.Errorf("more than %d entries", limit)
-		}
-		if err != nil {
-			return names, err
-		}
+	names, err := dir.Readdirnames(limit + 1)
+	switch {
+	case err == io.EOF:
+		return nil, nil
+	case len(names) > limit:
+		err = fmt.Errorf("more than %d entries", limit)
 	}
+	return names, err
 }
 
 // notThere says that an error means that there is no such path, or something else in its way.
@@ -392,12 +342,11 @@ func (p place) openFile(name string) (*os.File, syscall.Stat_t, error) {
 
 // sync syncs a file or directory that nobody else can have put there.
 func (p place) sync(name string) error {
-	fd, err := syscall.Openat(p.fd, name, readRegular, 0)
+	file, err := os.OpenFile(p.path()+"/"+name, readRegular, 0)
 	if err != nil {
 		return err
 	}
-	defer syscall.Close(fd)
-	return syscall.Fsync(fd)
+	return errors.Join(file.Sync(), file.Close())
 }
 
 func makePrivate(parent place, name, _ string) error { return syscall.Mkdirat(parent.fd, name, 0o700) }

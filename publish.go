@@ -6,11 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
-	"os/exec"
 	"path"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -59,7 +60,7 @@ func (f *files) stage(ctx context.Context, want tree, d diff,
 			return fmt.Errorf("lay out %s/%s: %w", f.dir, p, err)
 		}
 	}
-	return f.syncStaged(ctx, out)
+	return f.syncStaged(ctx, out, d.put)
 }
 
 // makeStaged makes a directory of the stage as it will be when it goes live.
@@ -68,21 +69,19 @@ func (f *files) makeStaged(parent place, name, p string) error {
 		return err
 	}
 	at := parent.path() + "/" + name
-	if !f.isAbove(p) {
-		if err := os.Lchown(at, f.acct.uid, f.acct.gid); err != nil {
-			return err
-		}
+	if slices.ContainsFunc(f.dirs, func(l dir) bool { return isBelow(p, l.link) }) {
+		return os.Lchown(at, f.acct.uid, f.acct.gid)
 	}
-	f.staged[p] = noted{blob: blob{mode: modeDir}}
-	return nil
+	return nil // above the links it stays root's
 }
 
+// stageOne lays out one path; one that has no blob is a link's directory.
 func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 	read func(id string, w io.Writer) (int64, error)) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if b == (blob{}) { // a link
+	if b == (blob{}) {
 		_, err := out.to(p)
 		return err
 	}
@@ -92,7 +91,6 @@ func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 	}
 
 	name, at := path.Base(p), dir.path()+"/"+path.Base(p)
-	perm, uid, gid := f.attributes(b)
 	switch b.mode {
 	case "160000":
 		err = syscall.Mkdirat(dir.fd, name, 0o755)
@@ -102,43 +100,33 @@ func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 			err = os.Symlink(to.String(), at)
 		}
 	default:
-		err = stageFile(dir, name, perm, func(w io.Writer) error {
-			_, err := read(b.id, w)
-			return err
-		})
+		var file *os.File
+		if file, err = os.OpenFile(at, createNew, 0o600); err == nil {
+			_, err = read(b.id, file)
+			err = errors.Join(err, file.Chmod(os.FileMode(b.perm())), file.Close())
+		}
 	}
 	if errors.Is(err, syscall.EEXIST) {
 		return fmt.Errorf("the file system takes it for another name of the commit: %w", err)
 	}
 	if err == nil {
-		err = os.Lchown(at, uid, gid)
+		err = os.Lchown(at, f.acct.uid, f.acct.gid)
 	}
 	if err != nil {
 		return err
 	}
 
 	st, err := dir.lstat(name)
-	n := noted{blob: b}
-	n.note(&st)
+	n := noted{b, stampOf(&st)}
 	n.ctime = 0 // it changes with the rename
 	f.staged[p] = n
 	return err
 }
 
-func stageFile(dir place, name string, perm uint32, fill func(w io.Writer) error) error {
-	fd, err := syscall.Openat(dir.fd, name, createNew, 0o600)
-	if err != nil {
-		return err
-	}
-	file := os.NewFile(uintptr(fd), name)
-	err = fill(file)
-	return errors.Join(err, syscall.Fchmod(fd, perm), file.Close())
-}
-
 // syncStaged makes all that is staged outlive a power cut: else that leaves empty files under the names (XFS,
 // ext4 without auto_da_alloc). All is written first, for then most syncs find their work done.
-func (f *files) syncStaged(ctx context.Context, out *descent) error {
-	for _, p := range append([]string{"."}, slices.Sorted(maps.Keys(f.staged))...) {
+func (f *files) syncStaged(ctx context.Context, out *descent, put []string) error {
+	for _, p := range slices.Concat(put, slices.Sorted(maps.Keys(dirsOf(put)))) {
 		mode := f.staged[p].mode
 		if mode == "120000" || mode == "160000" {
 			continue
@@ -155,6 +143,17 @@ func (f *files) syncStaged(ctx context.Context, out *descent) error {
 		}
 	}
 	return nil
+}
+
+// dirsOf returns the directories on the way to paths, "." among them.
+func dirsOf(paths []string) map[string]bool {
+	dirs := map[string]bool{".": true}
+	for _, p := range paths {
+		for p = path.Dir(p); !dirs[p]; p = path.Dir(p) {
+			dirs[p] = true
+		}
+	}
+	return dirs
 }
 
 // publish makes what is staged live, path by path, each by one rename, and takes away d.gone; what comes out
@@ -189,40 +188,34 @@ func (f *files) publish(ctx context.Context, v version, want tree, d diff) error
 		}
 	}
 	w.removeEmpty(want)
-	if err := w.sync(); err != nil {
+	if err := w.sync(slices.Concat(d.put, d.gone)); err != nil {
 		return fmt.Errorf("%s: %w", f.dir, err)
 	}
 
-	f.settled = m.settle(v, want, f.staged)
+	f.settled = m.settle(want)
 	return nil
 }
 
 // swap is a publish under way.
 type swap struct {
-	f       *files
-	live    *descent
-	out     *descent // publishDir
-	at      place    // the same
-	tops    map[string]bool
-	changed map[string]bool // live directories
+	f    *files
+	live *descent
+	out  *descent        // publishDir
+	tops map[string]bool // what went live, with all that is in it
 }
 
-// openPublish renames the stage to publishDir, from where alone something goes live.
+// openPublish renames the stage to publishDir, from where alone something goes live: an exchange leaves what
+// was live under the staged file's name. The stage is thrown away by whoever finds one; what lies in
+// publishDir never is.
 func (f *files) openPublish(top place) (*swap, error) {
-	ours, err := top.below(ourDir)
-	if err != nil {
-		return nil, err
-	}
-	defer ours.close()
-
 	// What came out of a publish that was cut short may still be mounted: it waits for clear.
-	aside := "publish-" + strconv.FormatInt(time.Now().UnixNano(), 10)
-	err = renameat2(ours, "publish", ours, aside, renameNoReplace)
+	aside := publishDir + "-" + strconv.FormatInt(time.Now().UnixNano(), 10)
+	err := renameat2(top, publishDir, top, aside, renameNoReplace)
 	if err == nil || err == syscall.ENOENT {
-		err = renameat2(ours, "stage", ours, "publish", renameNoReplace)
+		err = renameat2(top, stageDir, top, publishDir, renameNoReplace)
 	}
 	if err == syscall.ENOENT { // nothing was to be staged
-		err = syscall.Mkdirat(ours.fd, "publish", 0o700)
+		err = syscall.Mkdirat(top.fd, publishDir, 0o700)
 	}
 	if err == nil {
 		err = top.sync(ourDir)
@@ -230,20 +223,15 @@ func (f *files) openPublish(top place) (*swap, error) {
 	if err != nil {
 		return nil, err
 	}
-	at, err := ours.below("publish")
-	if err != nil {
-		return nil, err
-	}
-	return &swap{
-		f: f, at: at, live: &descent{top: top}, out: &descent{top: at, make: makePrivate},
-		tops: map[string]bool{}, changed: map[string]bool{},
-	}, nil
+	at, err := top.below(publishDir)
+	out := &descent{top: at, make: makePrivate}
+	return &swap{f: f, live: &descent{top: top}, out: out, tops: map[string]bool{}}, err
 }
 
 func (w *swap) close() {
 	w.live.close()
 	w.out.close()
-	w.at.close()
+	w.out.top.close()
 }
 
 // put makes one staged path live. Where its parent directories are missing too, the topmost of them goes with
@@ -276,23 +264,18 @@ func (w *swap) put(p string) error {
 
 		base := path.Base(name)
 		err = renameat2(staged, base, dir, base, renameNoReplace)
-		if err == syscall.EEXIST && missing == syscall.ENOENT {
-			w.live.back(0) // somebody made it just now
-			continue
-		}
-		if err == syscall.EEXIST {
+		if err == syscall.EEXIST && missing != syscall.ENOENT {
 			err = renameat2(staged, base, dir, base, renameExchange)
 		}
-		if err == nil {
-			w.tops[name], w.changed[path.Dir(name)] = true, true
-			w.live.back(len(pathParts(path.Dir(name))))
-			w.out.back(len(pathParts(path.Dir(name))))
+		switch err {
+		case nil:
+			w.tops[name] = true
 			return nil
-		}
-		if err != syscall.ENOENT {
+		case syscall.ENOENT, syscall.EEXIST: // somebody removed or made it just now
+			w.live.back(0)
+		default:
 			return err
 		}
-		w.live.back(0)
 	}
 	return err
 }
@@ -300,28 +283,23 @@ func (w *swap) put(p string) error {
 // takeOut renames one live path out.
 func (w *swap) takeOut(p string) error {
 	dir, err := w.live.to(path.Dir(p))
-	var st syscall.Stat_t
-	if err == nil {
-		st, err = dir.lstat(path.Base(p))
-	}
 	if notThere(err) || w.tops[p] {
 		return nil // it went with a directory above it, or what is there went live just now
 	}
 	if err != nil {
 		return err
 	}
-	w.changed[path.Dir(p)] = true
-
+	base := path.Base(p)
 	isModule := func(n noted) bool { return n.mode == "160000" }
-	if st.Mode&syscall.S_IFMT == syscall.S_IFDIR && slices.ContainsFunc(w.f.m.known[p], isModule) {
-		_ = syscall.Rmdir(dir.path() + "/" + path.Base(p)) // unless somebody uses it
-		return nil
+	if slices.ContainsFunc(w.f.m.known[p], isModule) {
+		if syscall.Rmdir(dir.path()+"/"+base) != syscall.ENOTDIR {
+			return nil // it is gone, or somebody uses it
+		}
 	}
 	out, err := w.out.to(path.Dir(p))
-	if err != nil {
-		return err
+	if err == nil {
+		err = renameat2(dir, base, out, base, renameNoReplace)
 	}
-	err = renameat2(dir, path.Base(p), out, path.Base(p), renameNoReplace)
 	if err == syscall.ENOENT {
 		return nil
 	}
@@ -331,43 +309,31 @@ func (w *swap) takeOut(p string) error {
 // removeEmpty removes the directories that held only what went; a link's own stays, for a mount of a removed
 // directory shows nothing for ever.
 func (w *swap) removeEmpty(want tree) {
-	keep := map[string]bool{".": true}
+	stays := slices.Collect(maps.Keys(want))
 	for _, l := range w.f.dirs {
-		for p := l.link; !keep[p]; p = path.Dir(p) {
-			keep[p] = true
-		}
+		stays = append(stays, l.link+"/.")
 	}
-	for p := range want {
-		for p = path.Dir(p); !keep[p]; p = path.Dir(p) {
-			keep[p] = true
-		}
-	}
-	w.live.back(0)
-	for _, p := range slices.Backward(w.f.m.paths) {
-		for p = path.Dir(p); !keep[p]; p = path.Dir(p) {
-			dir, err := w.live.to(path.Dir(p))
-			if err != nil || syscall.Rmdir(dir.path()+"/"+path.Base(p)) != nil {
-				continue
-			}
-			w.changed[path.Dir(p)] = true
-			delete(w.changed, p)
+	keep, all := dirsOf(stays), slices.Sorted(maps.Keys(dirsOf(w.f.m.paths)))
+	for _, p := range slices.Backward(all) {
+		if dir, err := w.live.to(path.Dir(p)); err == nil && !keep[p] {
+			_ = syscall.Rmdir(dir.path() + "/" + path.Base(p))
 		}
 	}
 }
 
-// sync makes the changed names outlive a power cut.
-func (w *swap) sync() error {
+// sync makes the names of changed paths outlive a power cut.
+func (w *swap) sync(changed []string) error {
 	w.live.back(0)
-	for _, p := range slices.Sorted(maps.Keys(w.changed)) {
+	for _, p := range slices.Sorted(maps.Keys(dirsOf(changed))) {
 		dir, err := w.live.to(p)
 		if err != nil {
-			continue // somebody moved it away
+			continue // it is gone, or somebody moved it away
 		}
 		if err := dir.sync("."); err != nil {
 			return err
 		}
 	}
-	return w.at.sync(".")
+	return w.out.top.sync(".")
 }
 
 // clear looks at what came out in a publish, after every local shows its link: what is ours is thrown away,
@@ -420,179 +386,140 @@ func (s *sorter) all(ctx context.Context) error {
 			return err
 		}
 	}
-	names, err := s.ours.names(maxEntries)
-	for _, name := range names {
-		if err != nil || !strings.HasPrefix(name, "publish") {
-			continue
-		}
-		var dir place
-		if dir, err = s.ours.below(name); err == nil {
-			err = s.sort(ctx, dir, "")
-			dir.close()
-		}
+	outs, err := filepath.Glob(s.ours.path() + "/publish*")
+	for _, out := range outs {
 		if err == nil {
-			err = syscall.Rmdir(s.ours.path() + "/" + name)
+			err = s.empty(ctx, s.ours, path.Base(out), "")
 		}
 	}
 	return err
 }
 
-// sort empties a directory that came out. Of directories only those are entered that have paths of ours.
-func (s *sorter) sort(ctx context.Context, dir place, at string) error {
+// empty removes a directory that came out, after all that is in it. at is where it was live.
+func (s *sorter) empty(ctx context.Context, parent place, name, at string) error {
+	dir, err := parent.below(name)
+	if err != nil {
+		return err
+	}
+	defer dir.close()
 	names, err := dir.names(maxEntries)
 	if err != nil {
 		return err
 	}
-	for _, name := range names {
+	for _, n := range names {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		p := path.Join(at, name)
-		st, err := dir.lstat(name)
-		switch {
-		case err != nil:
-		case st.Mode&syscall.S_IFMT == syscall.S_IFDIR:
-			err = s.folder(ctx, dir, name, p)
-		default:
-			// Where nobody else can reach it, for a directory that was live may still be open to somebody.
-			if err = renameat2(dir, name, s.ours, lookedAt, 0); err == nil {
-				err = s.judge(ctx, p, s.f.m.known[p])
-			}
-		}
-		if err != nil && err != syscall.ENOENT {
+		if err := s.one(ctx, dir, n, path.Join(at, n)); err != nil && err != syscall.ENOENT {
 			return err
 		}
 	}
-	return nil
+	return syscall.Rmdir(parent.path() + "/" + name)
 }
 
-func (s *sorter) folder(ctx context.Context, parent place, name, p string) error {
-	if anyBelow(s.f.m.paths, p) || len(s.f.m.known[p]) > 0 {
-		dir, err := parent.below(name)
-		if err != nil {
+// one deals with one name, which was live as p. Directories are entered only if they have paths of ours.
+func (s *sorter) one(ctx context.Context, dir place, name, p string) error {
+	st, err := dir.lstat(name)
+	known := s.f.m.known[p]
+	switch {
+	case err != nil:
+		return err
+	case st.Mode&syscall.S_IFMT != syscall.S_IFDIR:
+		// Where nobody else can reach it, for a directory that was live may still be open to somebody.
+		if err := renameat2(dir, name, s.ours, lookedAt, 0); err != nil {
 			return err
 		}
-		err = s.sort(ctx, dir, p)
-		dir.close()
-		if err == nil {
-			err = syscall.Rmdir(parent.path() + "/" + name)
-		}
-		if err == nil || ctx.Err() != nil {
+		return s.judge(ctx, p, known)
+	case len(known) > 0, anyBelow(s.f.m.paths, p):
+		if err := s.empty(ctx, dir, name, p); err == nil || ctx.Err() != nil {
 			return err
 		}
 	}
-	return s.keep(parent, name, p)
+	return s.keep(dir, name, p)
 }
 
 // judge throws away what is looked at if it is ours, and keeps it as p if it is not.
 func (s *sorter) judge(ctx context.Context, p string, known []noted) error {
-	if s.f.throwAway(ctx, s.ours, lookedAt, known) {
-		return nil
-	}
-	if err := ctx.Err(); err != nil {
-		return err
+	if s.f.throwAway(ctx, s.ours, lookedAt, known) || ctx.Err() != nil {
+		return ctx.Err()
 	}
 	return s.keep(s.ours, lookedAt, p)
 }
 
-// throwAway removes a file that is one of known, if nobody has it open for writing. A read lease tells
-// (fcntl(2), F_SETLEASE): it is refused while somebody can write, and is broken by who begins to. On a file
-// system without leases nothing tells.
+// throwAway removes a file in a directory of root's alone that is one of known, if nobody has it open for
+// writing. A read lease tells (fcntl(2), F_SETLEASE): it is refused while somebody can write, and is broken
+// by who begins to. On a file system without leases nothing tells.
 func (f *files) throwAway(ctx context.Context, dir place, name string, known []noted) bool {
 	st, err := dir.lstat(name)
-	kind := st.Mode & syscall.S_IFMT
-	is := func(id string) bool {
-		return slices.ContainsFunc(known, func(n noted) bool { return n.id == id && n.kind() == kind })
+	isWritten := func() bool { return false }
+	if st.Mode&syscall.S_IFMT == syscall.S_IFREG {
+		file, _, err := dir.openFile(name)
+		if err != nil {
+			return false
+		}
+		defer file.Close()
+		_, _, refused := syscall.Syscall(syscall.SYS_FCNTL, file.Fd(), fSetLease, syscall.F_RDLCK)
+		isWritten = func() bool {
+			lease, _, _ := syscall.Syscall(syscall.SYS_FCNTL, file.Fd(), fGetLease, 0)
+			return refused == syscall.EAGAIN || refused == 0 && lease != syscall.F_RDLCK
+		}
 	}
-	if err == nil && kind == syscall.S_IFLNK {
-		id, err := linkID(dir, name, known)
-		return err == nil && is(id) && syscall.Unlink(dir.path()+"/"+name) == nil
-	}
-	if err != nil || kind != syscall.S_IFREG || !f.mayRead(st.Size, known) {
+	if err != nil || isWritten() {
 		return false
 	}
-
-	file, st, err := dir.openFile(name)
-	if err != nil {
-		return false
-	}
-	defer file.Close()
-	_, _, refused := syscall.Syscall(syscall.SYS_FCNTL, file.Fd(), fSetLease, syscall.F_RDLCK)
-	if refused == syscall.EAGAIN {
-		return false
-	}
-	id, err := fileID(ctx, file, st.Size, known)
-	if err != nil || !is(id) {
-		return false
-	}
-	lease, _, _ := syscall.Syscall(syscall.SYS_FCNTL, file.Fd(), fGetLease, 0)
-	broken := refused == 0 && lease != syscall.F_RDLCK // somebody waits to write
-	return !broken && syscall.Unlink(dir.path()+"/"+name) == nil
+	was, err := f.match(ctx, dir, name, &st, known)
+	isOurs := err == nil && was != blob{}
+	return isOurs && !isWritten() && syscall.Unlink(dir.path()+"/"+name) == nil
 }
 
 // keep renames a name of a directory into editsDir, as it is.
-func (s *sorter) keep(dir place, name, p string) error {
-	err := error(syscall.EEXIST)
-	taken := func() bool { return err == syscall.EEXIST || err == syscall.ENOTDIR } // the name, by another one
-	for try := 0; try < 3 && taken(); try++ {
-		if s.into == "" || try > 0 {
-			if s.into, err = nextEdits(s.ours); err != nil {
-				break
-			}
+func (s *sorter) keep(dir place, name, p string) (err error) {
+	for range 3 {
+		if s.into == "" {
+			s.into = nextEdits(s.ours)
 		}
 		to := &descent{top: s.ours, make: makePrivate}
-		var parent place
-		if parent, err = to.to(path.Join("edits", s.into, path.Dir(p))); err == nil {
+		parent, err2 := to.to(path.Join("edits", s.into, path.Dir(p)))
+		if err = err2; err == nil {
 			err = renameat2(dir, name, parent, path.Base(p), renameNoReplace)
 		}
 		to.close()
+		if err == nil {
+			s.kept = append(s.kept, path.Join(s.f.dir, editsDir, s.into, p))
+			return nil
+		}
+		s.into = "" // the name may be taken, by another one
 	}
-	if err != nil {
-		return fmt.Errorf("keep %s: %w", p, err)
-	}
-	s.kept = append(s.kept, path.Join(s.f.dir, editsDir, s.into, p))
-	return nil
+	return fmt.Errorf("keep %s: %w", p, err)
 }
 
 // nextEdits names the next directory of editsDir.
-func nextEdits(ours place) (string, error) {
+func nextEdits(ours place) string {
 	last := 0
-	if edits, err := ours.below("edits"); err == nil {
-		names, err := edits.names(maxEntries)
-		edits.close()
-		if err != nil {
-			return "", err
-		}
-		for _, name := range names {
-			number, _, _ := strings.Cut(name, "-")
-			n, _ := strconv.Atoi(number)
-			last = max(last, n)
-		}
+	names, _ := os.ReadDir(ours.path() + "/edits") // there may be none yet
+	for _, entry := range names {
+		n := 0
+		_, _ = fmt.Sscanf(entry.Name(), "%d-", &n)
+		last = max(last, n)
 	}
-	return fmt.Sprintf("%04d-%s", last+1, time.Now().UTC().Format(editsTime)), nil
+	return fmt.Sprintf("%04d-%s", last+1, time.Now().UTC().Format(editsTime))
 }
 
 const editsTime = "20060102T150405Z"
 
 // prune removes edits that were kept long enough.
 func (f *files) prune(ctx context.Context, ours place) error {
-	edits, err := ours.below("edits")
-	if err != nil {
+	names, err := os.ReadDir(ours.path() + "/edits")
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil // there never were any
 	}
-	defer edits.close()
-	names, err := edits.names(maxEntries)
-	slices.Sort(names)
-	old := slices.DeleteFunc(names, func(name string) bool {
-		_, at, _ := strings.Cut(name, "-")
+	old := slices.DeleteFunc(names, func(entry os.DirEntry) bool {
+		_, at, _ := strings.Cut(entry.Name(), "-")
 		t, err := time.Parse(editsTime, at)
 		return err != nil || time.Since(t) < editsAge
 	})
-	for _, name := range old[:max(0, len(old)-editsKept)] {
-		// rm(1) copes with trees of any depth, and can be ended.
-		cmd := exec.Command("rm", "-rf", "--", path.Join(f.dir, editsDir, name))
-		p := program{name: "remove old edits", cmd: cmd, limit: localLimit}
-		if _, err := execute(ctx, p); err != nil {
+	for _, entry := range old[:max(0, len(old)-editsKept)] {
+		if err := removeTree(ctx, path.Join(f.dir, editsDir, entry.Name())); err != nil {
 			return err
 		}
 	}

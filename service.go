@@ -26,7 +26,7 @@ type Service struct {
 	rec      record
 	saved    []byte   // what is on disk of rec
 	last     *outcome // of the last pass; nil before the first, and since a rollback was asked for
-	undo     bool     // an operator wants local edits of a pinned service undone
+	undo     bool     // a rollback wants local edits undone, which else stay while pinned
 	packages packageCheck
 	facts    facts
 	step     func(string) // told of each step
@@ -36,14 +36,16 @@ type Service struct {
 	ended    chan struct{} // closed when run has returned
 	status   atomic.Pointer[Status]
 	unit     atomic.Pointer[unit] // as seen at the last round
-	deadline atomic.Int64         // Unix time by which the step under way should have ended; 0: idle, or an install
+	deadline atomic.Int64         // Unix time by which the step under way should end; 0: idle, or an install
 }
 
 // facts are what was found out, and is not asked again while nothing fails.
 type facts struct {
 	ready  bool      // the directory and its owner were looked at, and mounts of earlier configs are gone
 	tip    version   // upstream's newest commit that was judged, and was accepted or shows what is live
-	toldAt time.Time // when the unit last settled
+	seenAt time.Time // when the unit last settled, or was looked at
+
+	mounted time.Duration // CLOCK_MONOTONIC when we had made the mounts at our start; 0: they were not to be had then
 }
 
 // op is what an operator asks of a service.
@@ -56,7 +58,8 @@ type op struct {
 	step   func(string) // told of each step
 }
 
-// opError is an error with an HTTP status text for the client. done says that the operation was carried out all the same.
+// opError is an error with an HTTP status text for the client. done says that the operation was carried out
+// all the same.
 type opError struct {
 	status string
 	err    error
@@ -72,13 +75,15 @@ type request struct {
 	reply chan error
 }
 
-// newService makes a service from its validated config and the record of its earlier life. Nothing is changed on the host,
-// but that a record which can't be read is moved aside.
+// newService makes a service from its validated config and the record of its earlier life. Nothing is changed
+// on the host, but that a record which can't be read is moved aside.
 func newService(sp spec, stateDir string, up *upstream, interval time.Duration, stop stopping) *Service {
 	s := &Service{
 		spec: sp, up: up, stop: stop, stateDir: stateDir, interval: interval,
 		files: files{
-			dir: filepath.Join(sp.mount, sp.service), manifest: manifestFile(stateDir, sp.service), dirs: sp.dirs,
+			dir:      filepath.Join(sp.mount, sp.service),
+			manifest: manifestFile(stateDir, sp.service),
+			dirs:     sp.dirs,
 		},
 		step:     func(string) {},
 		requests: make(chan request), poke: make(chan struct{}, 1), ended: make(chan struct{}),
@@ -121,8 +126,9 @@ func (s *Service) do(ctx context.Context, o op) error {
 	return &opError{status: "Internal Server Error", err: errors.New("gitopper is stopping")}
 }
 
-// run is the service's life: it waits for a look at upstream, a time to try again or an operator, and has one pass or one
-// operation done at a time, in a goroutine of its own so that operators can end one that merely waits.
+// run is the service's life: it waits for a look at upstream, a time to try again or an operator, and has one
+// pass or one operation done at a time, in a goroutine of its own so that operators can end one that merely
+// waits.
 func (s *Service) run() {
 	defer close(s.ended)
 	var queue []request
@@ -159,8 +165,9 @@ func (s *Service) run() {
 	}
 }
 
-// work does one job while it takes in what operators ask for: all but a pull end what the job merely waits for, and go
-// before pulls. At our end a job that hangs is left behind; an install is waited for. done says that the job has ended.
+// work does one job while it takes in what operators ask for: all but a pull end what the job merely waits
+// for, and go before pulls. At our end a job that hangs is left behind; an install is waited for. done says
+// that the job has ended.
 func (s *Service) work(job func(context.Context), queue []request) (_ []request, done bool) {
 	ctx, end := context.WithCancelCause(s.stop.soft)
 	defer end(nil)
@@ -264,20 +271,21 @@ func (s *Service) operate(ctx context.Context, o op) error {
 	return nil
 }
 
-// wish notes what the operator wants; lookErr is what was wrong with a look at upstream that it took, which counts as a
-// missed look.
+// wish notes what the operator wants; lookErr is what was wrong with a look at upstream that it took, which
+// counts as a missed look.
 func (s *Service) wish(ctx context.Context, o op) (lookErr, err error) {
 	r := &s.rec
 	switch o.verb {
 	case "freeze":
 		runs := s.running()
 		if runs.Commit == "" {
-			return nil, &opError{status: "Conflict", err: errors.New("nothing runs yet: there is no commit to freeze")}
+			err := errors.New("nothing runs yet: there is no commit to freeze")
+			return nil, &opError{status: "Conflict", err: err}
 		}
 		r.Pin = &pin{version: runs, Info: strings.TrimSuffix(o.who+": "+o.reason, ": "), Until: o.until}
 		s.undo = false
 	case "unfreeze":
-		r.Pin, s.undo = nil, true
+		r.Pin = nil // and edits are undone as ever
 		lookErr = s.lookNow(ctx, false)
 	case "pull":
 		if r.Pin != nil {
@@ -313,7 +321,8 @@ func (s *Service) lookNow(ctx context.Context, heal bool) error {
 	return s.up.lookNow(ctx, heal)
 }
 
-// rollback finds out whether the commit can run, changing nothing if it can't, and then pins the service to it.
+// rollback finds out whether the commit can run, changing nothing if it can't, and then pins the service to
+// it.
 func (s *Service) rollback(ctx context.Context, o op) error {
 	if err := s.ensureReady(ctx); err != nil {
 		return &opError{status: "Internal Server Error", err: err}
@@ -357,8 +366,8 @@ func (s *Service) ran() (commits []string) {
 	return commits
 }
 
-// tryOut judges a commit that an operator wants and that never ran here: as upstream's newest, but that it need not descend
-// from what ran.
+// tryOut judges a commit that an operator wants and that never ran here: as upstream's newest, but that it
+// need not descend from what ran.
 func (s *Service) tryOut(ctx context.Context, v, live version) error {
 	if s.signers != "" {
 		if err := s.up.verify(ctx, v.Commit, s.signers); err != nil {
@@ -375,8 +384,8 @@ func (s *Service) tryOut(ctx context.Context, v, live version) error {
 	return s.precheck(ctx, c)
 }
 
-// mountFirst mounts what is on disk already, without network and without systemd, so that units ordered after us start on
-// their files. What can't be mounted is reported by the first pass.
+// mountFirst mounts what is on disk already, without network and without systemd, so that units ordered after
+// us start on their files. What can't be mounted is reported by the first pass.
 func mountFirst(ctx context.Context, services []*Service) {
 	for _, s := range services { // one may have a local now that was another's
 		if _, err := s.rec.Mounts.sweep(s.service, s.files.dir, s.dirs, s.save); err != nil {
@@ -404,7 +413,11 @@ func (s *Service) mountWhatIsThere(ctx context.Context) error {
 		return err
 	}
 	s.files.acct = acct
-	return s.showLinks(live.Content)
+	if err := s.showLinks(live.Content); err != nil {
+		return err
+	}
+	s.facts.mounted = sinceBoot()
+	return nil
 }
 
 // restoreMounts makes the mounts of before again, from the records alone.
@@ -422,7 +435,8 @@ func restoreMounts(stateDir string) {
 	}
 }
 
-// retireRecords takes away the mounts of services that have left the config. Checkout and record stay for their return.
+// retireRecords takes away the mounts of services that have left the config. Checkout and record stay for
+// their return.
 func retireRecords(stateDir string, services []*Service) {
 	names, _ := filepath.Glob(recordFile(stateDir, "*"))
 	for _, file := range names {
@@ -432,7 +446,7 @@ func retireRecords(stateDir string, services []*Service) {
 		}
 		rec, data, err := readRecord(file)
 		if err != nil {
-			slog.Error(fmt.Sprintf("%s: left the config, but its record can't be read, and its mounts stay: %v", name, err))
+			slog.Error(fmt.Sprintf("%s: left the config, its record is broken, its mounts stay: %v", name, err))
 			continue
 		}
 		if len(rec.Mounts.Shown) == 0 && len(rec.Mounts.Made) == 0 {
@@ -444,11 +458,12 @@ func retireRecords(stateDir string, services []*Service) {
 			slog.Error(fmt.Sprintf("%s: left the config: %v", name, err))
 			continue
 		}
-		slog.Info(fmt.Sprintf("%s: left the config: its mounts are gone, its unit is not called, its checkout stays", name))
+		slog.Info(name + ": left the config: its mounts are gone, its unit is not called, its checkout stays")
 	}
 }
 
-// watchUnits asks systemd every interval for the state of all services' units, in one go, and hands each what it found.
+// watchUnits asks systemd every interval for the state of all services' units, in one go, and hands each what
+// it found.
 func watchUnits(ctx context.Context, services []*Service, interval time.Duration) {
 	var names []string
 	var with []*Service
@@ -475,5 +490,25 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 				s.nudge()
 			}
 		}
+	}
+}
+
+// pass reconciles once and makes the outcome known. A pass that was ended from outside has no outcome.
+func (s *Service) pass(ctx context.Context) {
+	out := s.reconcile(ctx)
+	s.conclude(ctx, out)
+}
+
+func (s *Service) conclude(ctx context.Context, out outcome) {
+	wasEnded := ctx.Err() != nil
+	if !wasEnded {
+		s.last, s.undo = &out, false
+		s.facts.ready = s.facts.ready && out.err == nil
+	}
+	s.publishStatus()
+	err := s.save()
+	if err != nil && !wasEnded && out.err == nil {
+		s.last.err = err
+		s.publishStatus()
 	}
 }

@@ -714,6 +714,53 @@ func TestServiceMountsAreIndependent(t *testing.T) {
 	w.shows("local/etc/app.conf", "one\n")
 }
 
+// TestServiceConfigIsJudgedAnew: what our own config's gate refused is asked again, for it depends on more than the commit.
+func TestServiceConfigIsJudgedAnew(t *testing.T) {
+	w := okWorld(t)
+	trouble := errors.New("no such key file")
+	w.s.gate = func(func(string) ([]byte, error)) error { return trouble }
+	w.commit("etc/app.conf", "two\n")
+	w.reconcile()
+	w.want("DIFF", "no such key file", "one\n", "")
+	w.reconcile()
+	w.want("DIFF", "no such key file", "one\n", "")
+	trouble = nil
+	w.reconcile()
+	w.want("OK", "", "two\n", "reload")
+}
+
+// TestServiceAfterBoot: a unit that became active after its mounts were made has been told, one that booted on other files
+// has not.
+func TestServiceAfterBoot(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		since time.Duration // from when the mounts were made
+		calls string
+	}{
+		{"before the mounts", -time.Second, "reload"},
+		{"after the mounts", time.Second, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := okWorld(t)
+			w.s.rec.Told.Boot = "another"
+			if err := w.s.save(); err != nil {
+				t.Fatal(err)
+			}
+			for _, d := range w.spec.dirs {
+				syscall.Unmount(d.local, syscall.MNT_DETACH)
+			}
+			w.boot()
+			since := sinceBoot() + tc.since
+			w.write("fake/svc.service", fmt.Sprintf("active\n%s=%d", enteredActive, since.Microseconds()))
+			w.reconcile()
+			w.want("OK", "", "one\n", tc.calls)
+			w.restart()
+			w.reconcile()
+			w.want("OK", "", "one\n", "")
+		})
+	}
+}
+
 // TestServicesSwapLocals: no mount stays hidden below another.
 func TestServicesSwapLocals(t *testing.T) {
 	w := newWorld(t)

@@ -7,12 +7,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -45,8 +47,8 @@ type Status struct {
 	state                  state
 }
 
-// version is a commit, and an id of what a service's links show in it: two commits with the same content are the same to
-// the service.
+// version is a commit, and an id of what a service's links show in it: two commits with the same content are
+// the same to the service.
 type version struct{ Commit, Content string }
 
 // told is what the unit last saw, and in which boot of the host.
@@ -72,8 +74,9 @@ type refusal struct {
 
 func (r *refusal) Error() string { return r.Info }
 
-// suspect is a commit that failed on trial. It is refused once the last good commit has settled again. If that one fails
-// as well, the suspect is excused: it was not to blame, and gets its try as at first when the last good one has settled.
+// suspect is a commit that failed on trial. It is refused once the last good commit has settled again. If
+// that one fails as well, the suspect is excused: it was not to blame, and gets its try as at first when the
+// last good one has settled.
 type suspect struct {
 	refusal
 	Excused bool
@@ -120,12 +123,12 @@ type row struct {
 	OutOfSync   time.Time // since when what runs is not upstream's; zero while it is
 }
 
-// newest is the newest commit of an upstream's branch that ever went live. Of is a digest of the two, for the upstream's URL
-// may hold a password.
+// newest is the newest commit of an upstream's branch that ever went live. Of is a digest of the two, for the
+// upstream's URL may hold a password.
 type newest struct{ Of, Commit string }
 
-// record is what must outlive a restart and can't be read again: intent, what was said and tried, and for the next boot
-// what is mounted where. What is live is not in it: the manifest says that (files.go).
+// record is what must outlive a restart and can't be read again: intent, what was said and tried, and for the
+// next boot what is mounted where. What is live is not in it: the manifest says that (files.go).
 type record struct {
 	Row     row
 	Pin     *pin       `json:",omitempty"`
@@ -139,8 +142,35 @@ type record struct {
 	Signers string     `json:",omitempty"` // bootstrap: those of the config that ran last
 }
 
-// recordFile is where the record of a service lies, and manifestFile where its manifest does: side by side, so that where
-// one can't be written the other can't either.
+// lock makes us the only gitopper on a state directory, until the returned function is called or we end,
+// however. Users' clones lie below the directory, so they may pass through it; they can't list it.
+func lock(dir string) (unlock func(), err error) {
+	if err := errors.Join(os.MkdirAll(dir, 0o711), os.Chmod(dir, 0o711)); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		pid, _ := io.ReadAll(io.LimitReader(f, 20))
+		_ = f.Close()
+		return nil, fmt.Errorf("another gitopper, pid %s, works with %s: end that one first",
+			bytes.TrimSpace(pid), dir)
+	}
+	err = f.Truncate(0)
+	if err == nil {
+		_, err = f.WriteAt(fmt.Appendln(nil, os.Getpid()), 0)
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	return func() { _ = f.Close() }, nil
+}
+
+// recordFile is where the record of a service lies, and manifestFile where its manifest does: side by side,
+// so that where one can't be written the other can't either.
 func recordFile(stateDir, service string) string {
 	return filepath.Join(stateDir, "services", service+".json")
 }
@@ -168,7 +198,8 @@ func readRecord(file string) (rec record, data []byte, err error) {
 	return rec, data, nil
 }
 
-// firstRecord reads what the first gitopper that kept records remembered: the commits are enough, contents are found anew.
+// firstRecord reads what the first gitopper that kept records remembered: the commits are enough, contents
+// are found anew.
 func firstRecord(data []byte) (rec record) {
 	var old struct {
 		State, Info       string
@@ -194,7 +225,8 @@ func firstRecord(data []byte) (rec record) {
 	return rec
 }
 
-// loadRecord reads the service's record. One that can't be read is moved aside, and the service pinned to what runs.
+// loadRecord reads the service's record. One that can't be read is moved aside, and the service pinned to
+// what runs.
 func (s *Service) loadRecord() {
 	file := recordFile(s.stateDir, s.service)
 	rec, data, err := readRecord(file)
@@ -203,7 +235,7 @@ func (s *Service) loadRecord() {
 		return
 	}
 
-	slog.Error(fmt.Sprintf("%s: record can't be read, pinned to what runs until unfreeze: %v", s.service, err))
+	slog.Error(fmt.Sprintf("%s: record can't be read, pinned to what runs till unfreeze: %v", s.service, err))
 	aside := os.Rename
 	if live := s.files.live(); live.Commit != "" {
 		s.rec.Pin = &pin{version: live, Info: "state lost"}
@@ -229,10 +261,19 @@ func (s *Service) save() error {
 		return nil
 	}
 	if err := writeFile(recordFile(s.stateDir, s.service), data); err != nil {
-		return brokenError{recordError{fmt.Errorf("record: %w: no file is changed until it can be written", err)}}
+		err = fmt.Errorf("record: %w: no file is changed until it can be written", err)
+		return brokenError{recordError{err}}
 	}
 	s.saved = data
 	return nil
+}
+
+// unwritten is what it means that the record or the manifest can't be written; nil for nil.
+func unwritten(err error) error {
+	if err == nil {
+		return nil
+	}
+	return brokenError{recordError{fmt.Errorf("record: %w: no file is changed until it can be written", err)}}
 }
 
 // Status returns what is known of the service now. It never waits.
@@ -251,7 +292,8 @@ func (s *Service) running() version {
 	return live
 }
 
-// state computes the service's state from the operator's intent and the outcome of the last pass: the one place that does.
+// state computes the service's state from the operator's intent and the outcome of the last pass: the one
+// place that does.
 func (s *Service) state() (state, string) {
 	p := s.rec.Pin
 	info := ""
@@ -373,8 +415,11 @@ func (s *Service) judge(reason string) string {
 func (s *Service) refused(v version) *refusal {
 	for _, f := range slices.Backward(s.rec.Refused) {
 		same := v.Content != "" && f.Content == v.Content
-		if f.Reason == "signers" {
+		switch f.Reason {
+		case "signers":
 			same = f.Commit == v.Commit
+		case "config": // what decided is our own binary, and files outside the repository: it is judged anew
+			same = false
 		}
 		if same && f.Judge == s.judge(f.Reason) {
 			return &f
@@ -437,7 +482,8 @@ func (s *Service) excuse(out *outcome) {
 	out.refused = &p.refusal
 }
 
-// acquitOrConvict decides on the suspect when what is live has settled: it is refused if that is the last good version.
+// acquitOrConvict decides on the suspect when what is live has settled: it is refused if that is the last
+// good version.
 func (s *Service) acquitOrConvict(isGood bool, out *outcome) error {
 	p := s.rec.Suspect
 	if p == nil {
@@ -453,5 +499,5 @@ func (s *Service) acquitOrConvict(isGood bool, out *outcome) error {
 	return s.save()
 }
 
-// untell forgets that the unit was told, but not of which commit, for that may have to stand in for a lost manifest.
+// untell has the unit told again. The commit stays: where the manifest is lost, its tree stands in for that.
 func (s *Service) untell() { s.rec.Told.Content, s.rec.Told.Boot = "", "" }

@@ -13,7 +13,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
+	"unsafe"
 )
 
 const actionLimit = 5 * time.Minute
@@ -445,11 +448,19 @@ func notify(socket, state string) {
 	_, _ = c.Write([]byte(state))
 }
 
+// sinceBoot is CLOCK_MONOTONIC, by which systemd dates what units do. See clock_gettime(2).
+func sinceBoot() time.Duration {
+	const monotonic = 1
+	var now syscall.Timespec
+	_, _, _ = syscall.Syscall(syscall.SYS_CLOCK_GETTIME, monotonic, uintptr(unsafe.Pointer(&now)), 0)
+	return time.Duration(now.Nano())
+}
+
 // bootID identifies this boot of the host. See random(4).
-func bootID() string {
+var bootID = sync.OnceValue(func() string {
 	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	return strings.TrimSpace(string(id))
-}
+})
 
 //go:embed testdata/gitopper.service
 var unitTemplate string

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -29,45 +30,43 @@ type showing struct {
 	err     error
 }
 
+// shownAt is where a showing belongs: a commit, and the linksKey of what is shown of it.
+type shownAt struct{ commit, links string }
+
 // content identifies what the links of dirs show in commit; a *refusal (Reason link) where they can't be
 // shown. For the tip of a tracked branch it is known already and costs nothing.
 func (u *upstream) content(ctx context.Context, commit string, dirs []dir) (string, error) {
-	s, known := u.known(commit, dirs)
-	if known && (s.content != "" || s.err != nil) {
-		if s.content == "" {
-			return "", s.err
-		}
-		return s.content, nil
+	s, err := u.showing(ctx, commit, dirs)
+	if err == nil && s.content == "" {
+		err = s.err
 	}
-	o, err := u.open(ctx)
-	if err != nil {
-		return "", err
-	}
-	defer o.close()
-	content, _, err := o.walk(commit).content(dirs)
-	return content, err
+	return s.content, err
 }
 
 // tree returns what the links of dirs show in commit, every id of it computed by us; a *refusal where it
 // must not go live. Nobody may change it.
 func (u *upstream) tree(ctx context.Context, commit string, dirs []dir) (tree, error) {
-	if s, known := u.known(commit, dirs); known {
-		return s.tree, s.err
+	s, err := u.showing(ctx, commit, dirs)
+	if err == nil {
+		err = s.err
+	}
+	return s.tree, err
+}
+
+// showing looks at commit where it is not known what the links of dirs show in it.
+func (u *upstream) showing(ctx context.Context, commit string, dirs []dir) (showing, error) {
+	u.mu.Lock()
+	s, known := u.tips[shownAt{commit, linksKey(dirs)}]
+	u.mu.Unlock()
+	if known {
+		return s, nil
 	}
 	o, err := u.open(ctx)
 	if err != nil {
-		return nil, err
+		return showing{}, err
 	}
 	defer o.close()
-	_, t, err := o.walk(commit).tree(dirs)
-	return t, err
-}
-
-func (u *upstream) known(commit string, dirs []dir) (showing, bool) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	s, ok := u.tips[commit][linksKey(dirs)]
-	return s, ok
+	return (&walk{o: o, commit: commit}).show(dirs, showing{})
 }
 
 // linksKey names what of dirs decides what they show.
@@ -80,62 +79,49 @@ func linksKey(dirs []dir) string {
 	return digest(slices.Compact(parts)...)
 }
 
-// see finds out what each service of a branch is shown of its tip, and adds to ids the blobs of those to
-// whom it is not what the tip of before showed. seen is what is known of that commit by another branch of
-// the same tip.
-func (u *upstream) see(
-	ctx context.Context, branch, tip string, seen map[string]showing, ids map[string]bool,
-) (map[string]showing, error) {
+// see finds out what services are shown of their branches' tips, and which blobs of it are news: those of
+// what a service's tip of before did not show. A tip that upstream named but did not send is no news, and
+// becomes that of before again: the next look decides.
+func (u *upstream) see(ctx context.Context, a account, tips map[string]string) (
+	shown map[shownAt]showing, ids map[string]bool, err error) {
 	u.mu.Lock()
-	before := u.tips[u.looks[branch].tip]
-	if seen == nil {
-		seen = u.tips[tip]
-	}
+	known := u.tips
 	u.mu.Unlock()
-	if seen = maps.Clone(seen); seen == nil {
-		seen = map[string]showing{}
-	}
+	shown, ids = map[shownAt]showing{}, map[string]bool{}
+	o := (*objects)(nil)
 
-	var w *walk
 	for _, t := range u.tracked {
-		key := linksKey(t.dirs)
-		if _, done := seen[key]; done || t.branch != branch {
-			continue
+		old, at := u.looks[t.branch].tip, shownAt{tips[t.branch], t.key}
+		before, hasBefore := known[shownAt{old, t.key}]
+		s, ok := known[at]
+		if !ok {
+			s, ok = shown[at]
 		}
-		if w == nil || w.o.err != nil { // what one service must not have ends the reading
-			o, err := u.open(ctx)
-			if err != nil {
-				return nil, err
+		if !ok && at.commit != "" {
+			if o == nil || o.err != nil { // what one service must not have ends the reading
+				if o, err = u.open(ctx); err != nil {
+					return nil, nil, err
+				}
+				defer o.close()
 			}
-			defer o.close()
-			w = o.walk(tip)
+			s, err = (&walk{o: o, commit: at.commit}).show(t.dirs, before)
+			ok = err == nil
+			if errors.Is(err, errMissing) {
+				tips[t.branch], at.commit, s, ok = old, old, before, hasBefore
+				err = u.probe(ctx, a)
+			}
+			if err != nil {
+				return nil, nil, err
+			}
+			if s.content != before.content {
+				s.tree.blobs(ids)
+			}
 		}
-		s, err := w.show(t.dirs, before[key])
-		if err != nil {
-			return nil, err
+		if ok {
+			shown[at] = s
 		}
-		if s.content != before[key].content {
-			s.tree.blobs(ids)
-		}
-		seen[key] = s
 	}
-	return seen, nil
-}
-
-// show is tree, but for content that the tip of before had too.
-func (w *walk) show(dirs []dir, before showing) (s showing, err error) {
-	s.content, _, err = w.content(dirs)
-	if err == nil && s.content == before.content && before.err == nil {
-		return before, nil
-	}
-	if err == nil {
-		s.content, s.tree, err = w.tree(dirs)
-	}
-	if r := (*refusal)(nil); errors.As(err, &r) {
-		r.Commit = w.commit
-		s.err, err = r, nil
-	}
-	return s, err
+	return shown, ids, nil
 }
 
 // entry is one line of a tree object; mode as git writes it there, 40000 for a directory.
@@ -169,182 +155,167 @@ func parseTree(data []byte, size int) ([]entry, error) {
 
 // walk looks at one commit's trees. It is a *refusal (Reason link) where they are not what may go live.
 type walk struct {
-	o           *objects
-	commit, top string             // top: the id of its root tree
-	trees       map[string][]entry // by id; services share those above their links, and a bomb is made of few
-	kept        int                // entries in trees
+	o       *objects
+	commit  string
+	content string // of its links, once that is known
+	tree    tree
+	entries int // that were added to tree, with directories
 }
 
-func (o *objects) walk(commit string) *walk {
-	return &walk{o: o, commit: commit, trees: map[string][]entry{}}
-}
-
-// refuse makes the refusal of the commit; content says what of it would be the same in another one.
-func (w *walk) refuse(content, format string, args ...any) error {
+// refuse makes the refusal of the commit; part says what of it would be the same in another one, where its
+// content is not known.
+func (w *walk) refuse(part, format string, args ...any) error {
 	info := fmt.Sprintf("commit %.8s: ", w.commit) + fmt.Sprintf(format, args...)
+	content := cmp.Or(w.content, digest("link", part))
 	return &refusal{version: version{w.commit, content}, Reason: "link", Info: info}
 }
 
-// entries reads a tree.
-func (w *walk) entries(id string) ([]entry, error) {
-	if list, known := w.trees[id]; known {
+// list reads a tree.
+func (w *walk) list(id string) ([]entry, error) {
+	if list, known := w.o.trees[id]; known {
 		return list, nil
 	}
 	data, err := w.o.whole(id, "tree")
 	if r := (*refusal)(nil); errors.As(err, &r) {
-		return nil, w.refuse(digest("link", id), "%s", r.Info)
+		return nil, w.refuse(id, "%s", r.Info)
 	}
 	if errors.Is(err, errMissing) {
-		err = damaged{err}
-		w.o.u.hurts(err, w.o.made)
+		err = damaged{errors.New(err.Error())} // no longer one that upstream may not have sent
+		w.o.u.hurts(w.o.hurt, err)
 	}
 	if err != nil {
 		return nil, err
 	}
 	list, err := parseTree(data, len(id)/2)
 	if err != nil {
-		return nil, w.refuse(digest("link", id), "%v", err)
+		return nil, w.refuse(id, "%v", err)
 	}
-	if w.kept += len(list); w.kept < 4*treeEntries { // memory is bounded, and what is not kept is read again
-		w.trees[id] = list
+	if w.o.kept += len(list); w.o.kept < 4*treeEntries { // memory is bounded; what is not kept is read again
+		w.o.trees[id] = list
 	}
 	return list, nil
 }
 
-// root reads the commit, if that was not done.
-func (w *walk) root() (err error) {
-	if w.top == "" {
-		w.top, _, err = w.o.commit(w.commit)
+// show finds out what the links of dirs show. What lies beneath them is not looked at where it is the same
+// as before.
+func (w *walk) show(dirs []dir, before showing) (showing, error) {
+	links, err := w.links(dirs)
+	if err == nil {
+		var parts []string
+		for _, e := range links {
+			parts = append(parts, e.name+"\x00"+e.mode+" "+e.id)
+		}
+		slices.Sort(parts)
+		w.content, w.tree = digest(slices.Compact(parts)...), tree{}
+		if w.content == before.content && before.err == nil {
+			return before, nil
+		}
 	}
-	return err
+	for _, e := range links {
+		if err == nil {
+			err = w.add(e, 0)
+		}
+	}
+	if err == nil {
+		return showing{content: w.content, tree: w.tree}, nil
+	}
+	r := (*refusal)(nil)
+	if errors.As(err, &r) {
+		r.Commit = w.commit
+		return showing{content: w.content, err: r}, nil
+	}
+	return showing{}, err
 }
 
-// find notes what the commit has at a path and at the directories above it.
-func (w *walk) find(p string, found map[string]entry) error {
-	id, at := w.top, ""
-	for name := range strings.SplitSeq(p, "/") {
-		list, err := w.entries(id)
+// links returns the entries that dirs link to; the name of each is its whole path.
+func (w *walk) links(dirs []dir) (links []entry, err error) {
+	top, _, err := w.o.commit(w.commit)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range dirs {
+		e, err := w.find(top, d.link)
 		if err != nil {
-			return err
+			return nil, err
+		}
+		if wrong := wrongLink(d, e); wrong != "" {
+			wrong = fmt.Sprintf("link %q%s", d.link, wrong)
+			return nil, w.refuse(wrong+linksKey(dirs), "%s", wrong)
+		}
+		links = append(links, e)
+	}
+	return links, nil
+}
+
+// find returns what there is at a path below the tree top, or the last that there is on the way to it.
+func (w *walk) find(top, p string) (entry, error) {
+	at := entry{mode: "40000", id: top}
+	for name := range strings.SplitSeq(p, "/") {
+		if at.mode != "40000" {
+			break
+		}
+		list, err := w.list(at.id)
+		if err != nil {
+			return at, err
 		}
 		i := slices.IndexFunc(list, func(e entry) bool { return e.name == name })
 		if i < 0 {
-			return nil
+			break
 		}
-		at = path.Join(at, name)
-		found[at] = list[i]
-		if list[i].mode != "40000" {
-			return nil
-		}
-		id = list[i].id
+		at = entry{list[i].mode, path.Join(at.name, name), list[i].id}
 	}
-	return nil
+	return at, nil
 }
 
-// content identifies what the links of dirs show; what lies beneath them is not looked at.
-func (w *walk) content(dirs []dir) (string, map[string]entry, error) {
-	found := map[string]entry{}
-	if err := w.root(); err != nil {
-		return "", nil, err
+// wrongLink says what is wrong with a link, given what find returned for it; "" where it can be shown.
+func wrongLink(d dir, at entry) string {
+	isFile := strings.HasPrefix(at.mode, "100")
+	switch {
+	case at.mode == "120000":
+		return fmt.Sprintf(": %s is a symbolic link: link what it points to", at.name)
+	case at.mode == "160000":
+		return fmt.Sprintf(": %s is a submodule", at.name)
+	case at.name != d.link:
+		return " is missing: add it to the repository, or take it from dirs"
+	case d.kind == aFile && !isFile:
+		return " is a directory, not a file: remove file = true"
+	case d.kind != aFile && at.mode != "40000":
+		return " is a file, not a directory: say file = true"
 	}
-	for _, d := range dirs {
-		if err := w.find(d.link, found); err != nil {
-			return "", nil, err
-		}
-	}
-
-	modes := map[string]string{}
-	for p, e := range found {
-		modes[p] = strings.Repeat("0", max(0, 6-len(e.mode))) + e.mode
-	}
-	var parts []string
-	for _, d := range dirs {
-		want := "040000"
-		if d.kind == aFile {
-			want = "100"
-		}
-		if !strings.HasPrefix(modes[d.link], want) {
-			judged := digest("link", fmt.Sprint(modes), fmt.Sprint(dirs))
-			return "", nil, w.refuse(judged, "%s", describeLink(modes, d))
-		}
-		parts = append(parts, d.link+"\x00"+modes[d.link]+" "+found[d.link].id)
-	}
-	slices.Sort(parts)
-	return digest(slices.Compact(parts)...), found, nil
+	return ""
 }
 
-// describeLink says in words what is wrong with a link, given the modes of it and of the directories above
-// it.
-func describeLink(modes map[string]string, d dir) string {
-	for p := d.link; p != "."; p = path.Dir(p) {
-		switch modes[p] {
-		case "120000":
-			return fmt.Sprintf("link %q: %s is a symbolic link: link what it points to", d.link, p)
-		case "160000":
-			return fmt.Sprintf("link %q: %s is a submodule", d.link, p)
-		}
-	}
-	switch m := modes[d.link]; {
-	case m == "040000":
-		return fmt.Sprintf("link %q is a directory, not a file: remove file = true", d.link)
-	case m != "":
-		return fmt.Sprintf("link %q is a file, not a directory: say file = true", d.link)
-	}
-	return fmt.Sprintf("link %q is missing: add it to the repository, or take it from dirs", d.link)
-}
-
-// tree returns all that the links of dirs show.
-func (w *walk) tree(dirs []dir) (content string, t tree, err error) {
-	content, found, err := w.content(dirs)
-	if err != nil {
-		return "", nil, err
-	}
-	t = tree{}
-	entries := 0
-	for _, d := range dirs {
-		e := found[d.link]
-		e.name = d.link
-		if err := w.add(t, content, e, 0, &entries); err != nil {
-			return content, nil, err
-		}
-	}
-	return content, t, nil
-}
-
-// add adds an entry, whose name is its whole path, and all below it to a tree.
-func (w *walk) add(t tree, content string, e entry, depth int, entries *int) error {
-	*entries++
+// add adds an entry, whose name is its whole path, and all below it to the tree.
+func (w *walk) add(e entry, depth int) error {
+	w.entries++
 	switch name := path.Base(e.name); {
-	case *entries > treeEntries:
-		return w.refuse(content, "more than %d files and directories below the links", treeEntries)
+	case w.entries > treeEntries:
+		return w.refuse("", "more than %d files and directories below the links", treeEntries)
 	case depth > treeDepth:
-		return w.refuse(content, "more than %d directories in each other below the links", treeDepth)
+		return w.refuse("", "more than %d directories in each other below the links", treeDepth)
 	case strings.EqualFold(name, ".git"):
-		return w.refuse(content, "%q is not a path that may be checked out", e.name)
+		return w.refuse("", "%q is not a path that may be checked out", e.name)
 	}
 	switch e.mode {
 	case "100644", "100755", "120000", "160000":
-		t[e.name] = blob{e.mode, e.id}
+		w.tree[e.name] = blob{e.mode, e.id}
 		return nil
 	case "40000":
 	default:
-		return w.refuse(content, "%q has the mode %.20q, which git does not make", e.name, e.mode)
+		return w.refuse("", "%q has the mode %.20q, which git does not make", e.name, e.mode)
 	}
 
-	list, err := w.entries(e.id)
-	if r := (*refusal)(nil); errors.As(err, &r) {
-		r.Content = content
-	}
+	list, err := w.list(e.id)
 	if err != nil {
 		return err
 	}
 	for _, below := range list {
 		odd := slices.Contains([]string{"", ".", ".."}, below.name)
 		if odd || strings.Contains(below.name, "/") {
-			return w.refuse(content, "%q is not a path that may be checked out", e.name+"/"+below.name)
+			return w.refuse("", "%q is not a path that may be checked out", e.name+"/"+below.name)
 		}
 		below.name = e.name + "/" + below.name
-		if err := w.add(t, content, below, depth+1, entries); err != nil {
+		if err := w.add(below, depth+1); err != nil {
 			return err
 		}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"os"
 	"os/exec"
@@ -218,6 +219,23 @@ func (w *world) upstreamComes() {
 	}
 }
 
+// recordsGo and recordsCome make it impossible to write records and manifests, and possible again.
+func (w *world) recordsGo() {
+	w.t.Helper()
+	if err := os.Rename(w.dir+"/state/services", w.dir+"/state/services.away"); err != nil {
+		w.t.Fatal(err)
+	}
+	w.write("state/services", "in the way")
+}
+
+func (w *world) recordsCome() {
+	w.t.Helper()
+	err := os.Remove(w.dir + "/state/services")
+	if err = cmp.Or(err, os.Rename(w.dir+"/state/services.away", w.dir+"/state/services")); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 // calls returns and forgets what was asked of systemd.
 func (w *world) calls() string {
 	data, _ := os.ReadFile(w.fake + "/calls")
@@ -288,6 +306,22 @@ func (w *world) clean() {
 	}
 }
 
+// kept fails if the texts are not all the edits of a path that were kept, in the order of their times.
+func (w *world) kept(path string, texts ...string) {
+	w.t.Helper()
+	var got []string
+	dirs, _ := os.ReadDir(filepath.Join(w.s.files.dir, editsDir))
+	for _, d := range dirs {
+		text, err := os.ReadFile(filepath.Join(w.s.files.dir, editsDir, d.Name(), path))
+		if err == nil {
+			got = append(got, string(text))
+		}
+	}
+	if !slices.Equal(got, texts) {
+		w.t.Errorf("kept of %s: %.100q, want %.100q", path, got, texts)
+	}
+}
+
 // mounts returns what is mounted below local, in order, hidden ones too.
 func (w *world) mounts() (points []string) {
 	w.t.Helper()
@@ -348,4 +382,26 @@ func (w *world) asNobody() {
 	}
 	w.run("chown", "-R", "nobody", w.bare)
 	w.spec.user = "nobody"
+}
+
+// signed gives the service signers, and returns a function that pushes a signed or an unsigned commit.
+func (w *world) signed() func(sign bool, pairs ...string) string {
+	w.t.Helper()
+	w.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", w.dir+"/k")
+	w.write("signers", "good@x "+w.read("k.pub"))
+	w.spec.signers = w.dir + "/signers"
+	w.restart()
+	return func(sign bool, pairs ...string) string {
+		for i := 0; i+1 < len(pairs); i += 2 {
+			w.write("work/"+pairs[i], pairs[i+1])
+		}
+		w.git(w.work, "add", "-A")
+		args := []string{"-c", "gpg.format=ssh", "-c", "user.signingkey=" + w.dir + "/k", "commit", "-q", "-m", "c"}
+		if sign {
+			args = append(args, "-S")
+		}
+		w.git(w.work, args...)
+		w.git(w.work, "push", "-q", "-f", "origin", "HEAD:main")
+		return w.head()
+	}
 }

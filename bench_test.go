@@ -1,0 +1,106 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"testing"
+	"time"
+)
+
+// took is how long f takes.
+func took(f func()) time.Duration {
+	start := time.Now()
+	f()
+	return time.Since(start)
+}
+
+// BenchmarkIdleRound compares a round in which nothing is to be done (a look at upstream, and a pass of each service) with
+// a git ls-remote of the same run. The look at all units, which goes on beside it, is measured on its own: here its
+// systemctl is this binary.
+func BenchmarkIdleRound(b *testing.B) {
+	for _, n := range []int{1, 100} {
+		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
+			setLogger(io.Discard, false)
+			f := newFleet(b, n)
+			f.okRound()
+			f.commit("other/file", "y\n")
+			f.okRound()
+			var round, units, remote time.Duration
+			for b.Loop() {
+				remote += took(func() { f.git(f.work, "ls-remote", "-q", f.spec.upstream, "refs/heads/main") })
+				round += took(func() {
+					if err := f.up.lookNow(b.Context(), false); err != nil {
+						b.Fatal(err)
+					}
+					var passes sync.WaitGroup // as in life, where each service has a goroutine
+					for _, s := range f.all {
+						passes.Go(func() { s.pass(b.Context()) })
+					}
+					passes.Wait()
+				})
+				units += took(f.lookAtUnits)
+			}
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(float64(round)/float64(remote), "round/ls-remote")
+			b.ReportMetric(round.Seconds()*1000/float64(b.N), "round-ms")
+			b.ReportMetric(units.Seconds()*1000/float64(b.N), "systemctl-ms")
+		})
+	}
+}
+
+// BenchmarkCommitGoesLive compares the time from a look at a commit until its content can be read at the local with git
+// fetch and git reset --hard in an ordinary clone.
+func BenchmarkCommitGoesLive(b *testing.B) {
+	for _, files := range []int{1, 100} {
+		b.Run(fmt.Sprintf("files=%d", files), func(b *testing.B) {
+			setLogger(io.Discard, false)
+			w := newWorld(b)
+			w.spec.action = ""
+			w.restart()
+			w.reconcile()
+			w.git(w.dir, "clone", "-q", w.spec.upstream, w.dir+"/clone")
+			var gitopper, whole, git time.Duration
+			for i := 0; b.Loop(); i++ {
+				text := fmt.Sprintf("version %d\n", i)
+				pairs := []string{"etc/app.conf", text}
+				for j := range files - 1 {
+					pairs = append(pairs, fmt.Sprintf("etc/more/%d", j), fmt.Sprintf("%d of %s", j, text))
+				}
+				w.commit(pairs...)
+				git += took(func() {
+					w.git(w.dir+"/clone", "fetch", "-q", "origin")
+					w.git(w.dir+"/clone", "reset", "-q", "--hard", "origin/main")
+				})
+				live := w.whenShown("local/etc/app.conf", text)
+				start := time.Now()
+				whole += took(w.reconcile)
+				gitopper += (<-live).Sub(start)
+			}
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(float64(gitopper)/float64(git), "live/git")
+			b.ReportMetric(gitopper.Seconds()*1000/float64(b.N), "live-ms")
+			b.ReportMetric(whole.Seconds()*1000/float64(b.N), "pass-ms")
+			b.ReportMetric(git.Seconds()*1000/float64(b.N), "git-ms")
+		})
+	}
+}
+
+// whenShown watches a file until it holds text, and tells when that was.
+func (w *world) whenShown(name, text string) <-chan time.Time {
+	shown := make(chan time.Time, 1)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	go func() {
+		defer cancel()
+		for ctx.Err() == nil {
+			if data, err := os.ReadFile(w.dir + "/" + name); err == nil && string(data) == text {
+				break
+			}
+			time.Sleep(50 * time.Microsecond)
+		}
+		shown <- time.Now()
+	}()
+	return shown
+}
