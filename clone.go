@@ -453,5 +453,9 @@ func (u *upstream) bring(ctx context.Context, a account, lacks []byte) error {
 	if !u.filtered() {
 		return damaged{fmt.Errorf("blob %.12s %w", lacks, errMissing)}
 	}
-	return u.fetch(ctx, a, fetchLimit, lacks, "--filter=blob:none", "--stdin", "origin")
+	err := u.fetch(ctx, a, fetchLimit, lacks, "--filter=blob:none", "--stdin", "origin")
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	return errors.Join(err, u.probe(ctx, a))
 }

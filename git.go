@@ -385,9 +385,10 @@ var (
 	refusing   = regexp.MustCompile(`unadvertised object|not our ref`)
 	// incomplete is what git says of a damaged pack in the clone, too: it does not replace one that upstream
 	// sends again.
-	incomplete = regexp.MustCompile(`did not send all necessary objects`)
-	shallow    = regexp.MustCompile(`shallow roots are not allowed|/shallow_`)
-	atLimit    = regexp.MustCompile(
+	incomplete = regexp.MustCompile(
+		`did not send all necessary objects|could not fetch \w+ from promisor remote`)
+	shallow = regexp.MustCompile(`shallow roots are not allowed|/shallow_`)
+	atLimit = regexp.MustCompile(
 		`signal 25|[Oo]ut of memory|File too large|Cannot allocate|async thread|invalid index-pack`)
 )
 

@@ -36,6 +36,7 @@ type model struct {
 	hurt   bool // the clone, perhaps
 	anew   bool // a clone was made anew, which may lack contents of other commits than the tip
 	locals int  // which of the configs
+	seen   int  // the one of the last look that was no failure
 	log    []string
 }
 
@@ -66,11 +67,10 @@ func (f *fuse) Err() error {
 // TestModel has commits, crashes, operators, edits, outages, damage and changes of the config come by chance, and after each
 // compares what is there with what should be.
 func TestModel(t *testing.T) {
-	runs := 3
+	runs, first := 3, uint64(1) // the same each time, so that a run which fails is the change's
 	if os.Getenv("GITOPPER_TEST_LONG") != "" {
-		runs = 100
+		runs, first = 100, uint64(time.Now().UnixNano())
 	}
-	first := uint64(time.Now().UnixNano())
 	if s := os.Getenv("GITOPPER_TEST_SEED"); s != "" {
 		runs = 1
 		if _, err := fmt.Sscan(s, &first); err != nil {
@@ -89,6 +89,9 @@ func runModel(t *testing.T, seed uint64) {
 	m := &model{
 		world: newWorld(t), t: t, rnd: rand.New(rand.NewPCG(seed, 0)),
 		shown: map[string]modelFiles{}, edited: map[string]bool{}, edits: map[string]bool{},
+	}
+	for _, who := range []string{"AUTHOR", "COMMITTER"} { // so that hashes, and what is sorted by them, are as the seed says
+		t.Setenv("GIT_"+who+"_DATE", "1700000000 +0000")
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -165,6 +168,7 @@ func (m *model) elsewhere() {
 // force takes upstream back to an older commit, and on from there.
 func (m *model) force() {
 	if !m.away {
+		m.say("forced")
 		m.back(m.order[m.rnd.IntN(len(m.order))])
 		m.change("good")
 	}
@@ -257,8 +261,10 @@ func (m *model) edit() {
 	p := paths[m.rnd.IntN(len(paths))]
 	at := m.s.files.dir + "/" + p
 	old, err := os.ReadFile(at)
-	if err != nil {
-		return // the administrator was here before
+	wasHere := err != nil
+	mends := strings.HasPrefix(string(old), "bad")
+	if wasHere || mends {
+		return
 	}
 	m.ids++
 	mark := fmt.Sprintf("E%06d", m.ids)
@@ -302,8 +308,9 @@ func (m *model) own() {
 func (m *model) remove() {
 	paths := m.paths(m.wanted())
 	p := paths[m.rnd.IntN(len(paths))]
-	if m.pin != "" && p == "one.conf" {
-		return // it stays away, and its local can't show it: BROKEN
+	mayStayAway := m.pin != "" || m.hurt || m.anew
+	if mayStayAway && !strings.Contains(p, "/sub/") {
+		return // without one.conf a local would have nothing to show, and a bad app.conf would be no trouble
 	}
 	old, _ := os.ReadFile(m.s.files.dir + "/" + p)
 	for _, gone := range editMarks.FindAllString(string(old), -1) {
@@ -430,7 +437,7 @@ func (m *model) settle() {
 			m.t.Errorf("look: %v", err)
 		}
 		if err == nil {
-			m.tip = m.pushed
+			m.tip, m.seen = m.pushed, m.locals
 			wasHurt := m.hurt
 			m.hurt = m.hurt && lexists(m.up.dir+"/hurt") // else nobody noticed yet
 			m.anew = m.anew || wasHurt && !m.hurt
@@ -439,8 +446,12 @@ func (m *model) settle() {
 			break
 		}
 	}
-	isThin := m.hurt || m.anew && m.wanted() != m.tip
-	if m.away && isThin {
+	isThin := m.hurt || m.anew && (m.wanted() != m.tip || m.locals != m.seen)
+	isLost := m.anew && !strings.Contains(m.git(m.work, "rev-list", m.pushed), m.wanted()) // a forced push's
+	if m.away && isThin || isLost {
+		if m.s.Status().State == "FREEZE" && !m.isBad(m.pin) {
+			m.good = m.pin
+		}
 		m.checkEdits() // what can't be read can't be shown
 		return
 	}
@@ -518,7 +529,8 @@ func (m *model) checkOurs() {
 	if fails := m.isBad(commit); isTold == fails {
 		m.t.Errorf("told %+v, live %+v, which fails: %v", rec.Told, mf.live, fails)
 	}
-	if !m.s.files.isDressed(mf.live.Commit, m.up.objectsDir()) && !m.isBad(commit) {
+	mayLack := m.hurt || m.isBad(commit) || m.anew && m.away
+	if !mayLack && !m.s.files.isDressed(mf.live.Commit, m.up.objectsDir()) {
 		m.t.Error("the .git for people is not of what is live")
 	}
 }

@@ -99,9 +99,11 @@ func (s *Service) ensureReady(ctx context.Context) error {
 	var known tree
 	if s.files.live().Commit == "" && s.rec.Told.Commit != "" {
 		known, err = s.up.tree(ctx, s.rec.Told.Commit, s.dirs)
+		l := s.up.looked(s.branch)
 		isRefused := errors.As(err, new(*refusal))
-		if err != nil && !isRefused {
-			return cmp.Or(s.up.looked(s.branch).err, err)
+		isGone := errors.Is(err, errMissing) && l.err == nil // what differs is then kept as somebody's own
+		if err != nil && !isRefused && !isGone {
+			return cmp.Or(l.err, err)
 		}
 	}
 	s.within(10 * time.Minute)
@@ -139,6 +141,9 @@ func (s *Service) choose(ctx context.Context, out *outcome) *candidate {
 
 	c, err := s.examine(ctx, want, live)
 	if err == nil {
+		if s.rec.Pin != nil {
+			s.rec.Pin.version = want
+		}
 		return c
 	}
 	if f := (*refusal)(nil); errors.As(err, &f) && s.rec.Pin == nil {
@@ -152,6 +157,10 @@ func (s *Service) choose(ctx context.Context, out *outcome) *candidate {
 		return nil
 	}
 	c, err = s.layOut(ctx, rest) // what runs is looked after meanwhile
+	showsMore := rest.Commit == live.Commit && rest.Content != live.Content
+	if err == nil && showsMore { // as other dirs than before show it, which nobody has examined
+		err = s.precheck(ctx, c)
+	}
 	if err != nil {
 		out.err = cmp.Or(out.err, err)
 		return nil
@@ -163,11 +172,7 @@ func (s *Service) choose(ctx context.Context, out *outcome) *candidate {
 // place to stay.
 func (s *Service) wanted(ctx context.Context, live version, out *outcome) (version, error) {
 	if p := s.rec.Pin; p != nil {
-		v, err := s.today(ctx, p.version, live)
-		if err == nil {
-			p.version = v
-		}
-		return v, err
+		return s.today(ctx, p.version, live)
 	}
 
 	l := s.up.looked(s.branch)
@@ -242,7 +247,7 @@ func (s *Service) rest(ctx context.Context, live version) version {
 
 // examine looks at a version before anything of it goes live: its signature, and what our own config's gate
 // and the check say of it. A *refusal says why it must not. What runs is not examined again, and neither is a
-// pin, which was when it was made.
+// pin, which was when it was made, unless the dirs show something else of it now.
 func (s *Service) examine(ctx context.Context, v, live version) (*candidate, error) {
 	isNew := s.rec.Pin == nil && v.Commit != s.facts.tip.Commit
 	if s.signers != "" && isNew && v.Commit != live.Commit && v.Commit != s.rec.Good.Commit {
@@ -255,7 +260,9 @@ func (s *Service) examine(ctx context.Context, v, live version) (*candidate, err
 		return s.layOut(ctx, v)
 	}
 	c, err := s.layOut(ctx, v)
-	if err != nil || s.rec.Pin != nil || v == s.rec.Good {
+	p := s.rec.Pin
+	isKnown := v == s.rec.Good || p != nil && (p.Content == "" || s.isOfToday(p.version))
+	if err != nil || isKnown {
 		return c, err
 	}
 	if err := s.precheck(ctx, c); err != nil {
@@ -408,7 +415,8 @@ func (s *Service) publish(ctx context.Context, c *candidate) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if s.rec.Told.Content == c.Content {
+	changesFiles := len(c.diff.put)+len(c.diff.gone) > 0
+	if changesFiles && s.rec.Told.Content == c.Content {
 		s.untell()
 		if err := s.save(); err != nil {
 			return err

@@ -33,8 +33,17 @@ func (f *files) takeDirectory() error {
 	defer parent.close()
 
 	base := filepath.Base(f.dir)
+	if _, err := top.lstat(ourDir); err != nil {
+		if err := f.startAnew(); err != nil {
+			return err
+		}
+	}
 	if !f.isLaidOut(top) {
-		if err := f.takeOver(parent, base, top); err != nil {
+		err := f.startAnew()
+		if err == nil {
+			err = f.takeOver(parent, base, top)
+		}
+		if err != nil {
 			return fmt.Errorf("lay %s out anew: %w", f.dir, err)
 		}
 	}
@@ -43,6 +52,16 @@ func (f *files) takeDirectory() error {
 		return f.setAside(parent, base+".new", base)
 	}
 	return nil
+}
+
+// startAnew notes that what is live is to be published anew: what a new directory lacks is nobody's edit.
+func (f *files) startAnew() error {
+	m := f.load()
+	if m.live == (version{}) || m.pending() {
+		return nil
+	}
+	f.m = m.begin(m.live, nil)
+	return f.m.write(f.manifest)
 }
 
 // isLaidOut says whether a directory is ours to work in. An empty one of root's is made so.

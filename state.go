@@ -327,7 +327,8 @@ func (s *Service) state() (state, string) {
 
 // stateBefore is the state while no pass has ended since the start, or since a rollback was asked for.
 func (s *Service) stateBefore(pinned string) (state, string) {
-	onItsWay := s.rec.Pin != nil && s.rec.Pin.Commit != s.running().Commit
+	runs := cmp.Or(s.running().Commit, s.rec.Told.Commit) // by a record from before manifests
+	onItsWay := s.rec.Pin != nil && s.rec.Pin.Commit != runs
 	i := slices.Index(stateNames, s.rec.Row.State)
 	switch {
 	case onItsWay:

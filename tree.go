@@ -104,7 +104,8 @@ func (u *upstream) see(ctx context.Context, a account, tips map[string]string) (
 				}
 				defer o.close()
 			}
-			s, err = (&walk{o: o, commit: at.commit}).show(t.dirs, before)
+			w := &walk{o: o, commit: at.commit}
+			s, err = w.show(t.dirs, before)
 			ok = err == nil
 			if errors.Is(err, errMissing) {
 				tips[t.branch], at.commit, s, ok = old, old, before, hasBefore
@@ -115,6 +116,7 @@ func (u *upstream) see(ctx context.Context, a account, tips map[string]string) (
 			}
 			if s.content != before.content {
 				s.tree.blobs(ids)
+				w.above.blobs(ids)
 			}
 		}
 		if ok {
@@ -159,7 +161,8 @@ type walk struct {
 	commit  string
 	content string // of its links, once that is known
 	tree    tree
-	entries int // that were added to tree, with directories
+	above   tree // what git reads in the directories above links, where it is not on disk: git status needs it
+	entries int  // that were added to tree, with directories
 }
 
 // refuse makes the refusal of the commit; part says what of it would be the same in another one, where its
@@ -233,6 +236,7 @@ func (w *walk) links(dirs []dir) (links []entry, err error) {
 	if err != nil {
 		return nil, err
 	}
+	w.above = tree{}
 	for _, d := range dirs {
 		e, err := w.find(top, d.link)
 		if err != nil {
@@ -257,6 +261,12 @@ func (w *walk) find(top, p string) (entry, error) {
 		list, err := w.list(at.id)
 		if err != nil {
 			return at, err
+		}
+		for _, e := range list {
+			isRead := e.name == ".gitattributes" || e.name == ".gitignore"
+			if isRead && strings.HasPrefix(e.mode, "100") {
+				w.above[path.Join(at.name, e.name)] = blob{e.mode, e.id}
+			}
 		}
 		i := slices.IndexFunc(list, func(e entry) bool { return e.name == name })
 		if i < 0 {
