@@ -217,10 +217,12 @@ func (f *files) setAside(parent place, name, base string) error {
 
 // isDressed says whether the .git for people is that of commit, and was written to the end: HEAD is last.
 func (f *files) isDressed(commit, objects string) bool {
-	want := map[string]string{"HEAD": commit, "objects/info/alternates": objects}
+	want := map[string]string{
+		"HEAD": commit + "\n", "objects/info/alternates": objects + "\n", "info/sparse-checkout": f.sparse(),
+	}
 	for name, right := range want {
 		text, err := readPlain(f.dir + "/.git/" + name)
-		if err != nil || string(text) != right+"\n" {
+		if err != nil || string(text) != right {
 			return false
 		}
 	}
@@ -370,8 +372,9 @@ func (f *files) sparse() string {
 		}
 		text += "\n"
 	}
-	for p, b := range f.tree() {
-		if b.mode == "160000" {
+	m := f.load()
+	for _, p := range m.paths {
+		if m.known[p][0].mode == "160000" {
 			text += "!" + pattern(p) + "\n"
 		}
 	}
