@@ -136,7 +136,7 @@ type upstream struct {
 	url, user, dir string
 	patience       time.Duration // with git's answer to one question
 	tracked        []tracking
-	network        chan struct{} // a lock, held by who has put something in: to use the network, and to change dir
+	network        chan struct{} // a lock, held by who has put something in: for the network and dir
 	poke           chan struct{}
 	acct           atomic.Pointer[account] // once found, it stays
 

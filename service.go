@@ -45,7 +45,7 @@ type facts struct {
 	tip    version   // upstream's newest commit that was judged, and was accepted or shows what is live
 	seenAt time.Time // when the unit last settled, or was looked at
 
-	mounted time.Duration // CLOCK_MONOTONIC when we had made the mounts at our start; 0: they were not to be had then
+	mounted time.Duration // CLOCK_MONOTONIC when our start had made the mounts; 0: it could not
 }
 
 // op is what an operator asks of a service.
@@ -446,7 +446,7 @@ func retireRecords(stateDir string, services []*Service) {
 		}
 		rec, data, err := readRecord(file)
 		if err != nil {
-			slog.Error(fmt.Sprintf("%s: left the config, its record is broken, its mounts stay: %v", name, err))
+			slog.Error(fmt.Sprintf("%s: left the config, its record is broken, mounts stay: %v", name, err))
 			continue
 		}
 		if len(rec.Mounts.Shown) == 0 && len(rec.Mounts.Made) == 0 {

@@ -161,7 +161,7 @@ type walk struct {
 	commit  string
 	content string // of its links, once that is known
 	tree    tree
-	above   tree // what git reads in the directories above links, where it is not on disk: git status needs it
+	above   tree // what git status reads in the directories above links
 	entries int  // that were added to tree, with directories
 }
 
