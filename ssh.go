@@ -229,13 +229,12 @@ func (s *sshServer) listServices(_ context.Context, c *sshConn, words []string, 
 		if len(words) > 1 && words[1] != st.Service {
 			continue
 		}
-		row := ctl.Service{Service: st.Service, State: st.State, StateInfo: st.Public}
-		row.Hash = fmt.Sprintf("%.8s", st.Commit)
+		row := ctl.Service{
+			Service: st.Service, Hash: fmt.Sprintf("%.8s", st.Commit), State: st.State, StateInfo: st.Public,
+			Change: date(st.Change), Pending: st.Pending, Committed: date(st.Committed),
+		}
 		if c.who.write {
 			row.StateInfo = unmark(st.Info)
-		}
-		if !st.Change.IsZero() {
-			row.Change = st.Change.UTC().Format(time.RFC1123)
 		}
 		answer.Services = append(answer.Services, row)
 	}
@@ -243,6 +242,14 @@ func (s *sshServer) listServices(_ context.Context, c *sshConn, words []string, 
 		return nil, sshError("Not Found", "no service %q on %s", words[1], s.actual)
 	}
 	return answer, nil
+}
+
+// date is a time as answers have it, empty where it is not known.
+func date(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format(time.RFC1123)
 }
 
 // change has a service do something, and logs what came of it. The answer is the service's row, also where

@@ -78,7 +78,8 @@ func newSSHFixture(t *testing.T, tune func(*sshFixture)) *sshFixture {
 	f.rw, f.ro = f.key("rw", "alice@laptop"), f.key("ro", "bob@desk")
 	services := []*Service{
 		statusService(Status{Service: "prometheus", Commit: "606eb576bfeea4bcb8d6d6e2d5e5b1d7a1e2a3b4", State: "OK",
-			Change: time.Date(2022, 11, 18, 10, 14, 52, 0, time.FixedZone("CET", 3600))}),
+			Change: time.Date(2022, 11, 18, 10, 14, 52, 0, time.FixedZone("CET", 3600)), Pending: 3,
+			Committed: time.Date(2022, 11, 17, 23, 30, 0, 0, time.FixedZone("EST", -5*3600))}),
 		statusService(Status{Service: "node-exporter", State: "DIFF", Public: `git: <no such branch> "m&m" in 1 line`,
 			Info: `git: <no such branch> "m&m" in 1 line` + quote(": the check's own words")}),
 	}
@@ -1264,7 +1265,8 @@ func FuzzKeys(f *testing.F) {
 func TestServicesJSON(t *testing.T) {
 	// Existing clients parse these names.
 	data, err := json.Marshal(ctl.Services{Services: []ctl.Service{{}}})
-	if want := `{"services":[{"service":"","hash":"","state":"","stateinfo":"","change":""}]}`; err != nil || string(data) != want {
+	want := `{"services":[{"service":"","hash":"","state":"","stateinfo":"","change":"","pending":0,"committed":""}]}`
+	if err != nil || string(data) != want {
 		t.Errorf("%s %v", data, err)
 	}
 }

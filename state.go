@@ -44,6 +44,8 @@ type Status struct {
 	OutOfSync              time.Time
 	LastLook               time.Time // last successful look at upstream
 	Refused                string    // why upstream's newest commit does not run, as refusal.Reason
+	Pending                int       // commits upstream that would change the service
+	Committed              time.Time // of Commit
 	state                  state
 }
 
