@@ -121,7 +121,21 @@ func (u *upstream) probe(ctx context.Context, a account) error {
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.Exited() {
 		return damaged{err}
 	}
+	if crashed(err) {
+		return damaged{err}
+	}
 	return nil
+}
+
+// crashed says that git was ended by what it read: it maps packs, and one that was cut off is a SIGBUS or
+// worse.
+func crashed(err error) bool {
+	exit := (*exec.ExitError)(nil)
+	if !errors.As(err, &exit) {
+		return false
+	}
+	status, _ := exit.Sys().(syscall.WaitStatus)
+	return slices.Contains([]syscall.Signal{syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGABRT}, status.Signal())
 }
 
 // hashDigits is the length of upstream's ids, 40 where it named none.

@@ -413,7 +413,7 @@ func (u *upstream) fetch(ctx context.Context, a account, limit time.Duration, st
 	switch said := words.buf; {
 	case shallow.Match(said):
 		return errors.New("upstream is shallow: git fetch --unshallow there")
-	case err != nil && incomplete.Match(said):
+	case err != nil && incomplete.Match(said), crashed(err):
 		return damaged{err}
 	case err != nil && stdin != nil && refusing.Match(said):
 		return damaged{fmt.Errorf("%w: %w", errRefused, err)}

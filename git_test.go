@@ -593,6 +593,21 @@ func TestGitDamageHeals(t *testing.T) {
 	}
 }
 
+// TestGitCrash: a pack that was cut off can end git by a signal, which is damage like any other.
+func TestGitCrash(t *testing.T) {
+	w := newGitWorld(t)
+	w.look()
+	if err := os.WriteFile(w.u.objectsDir()+"/pack/spoilt", nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	w.commit("etc/app.conf", "two\n")
+	w.counting(`case "$*" in *" fetch "*) [ -e "$GIT_OBJECT_DIRECTORY/pack/spoilt" ] && kill -SEGV $$;; esac`)
+	_ = w.u.lookNow(t.Context(), false)
+	if l := w.u.looked("main"); l.err != nil || w.read("etc/app.conf") != "two\n" {
+		t.Errorf("%+v", l)
+	}
+}
+
 // TestGitTornContents: git does not replace a pack that comes again, whatever became of it.
 func TestGitTornContents(t *testing.T) {
 	w := newGitWorld(t)
