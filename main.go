@@ -1,3 +1,5 @@
+//go:build linux
+
 // Gitopper brings GitOps to plain Linux hosts. For each service in its config it
 //
 //  1. installs the service's package if it is missing (pkg.go),
@@ -92,7 +94,7 @@ func (o options) run(ctx context.Context, stdout, stderr io.Writer) (err error) 
 		_, err = io.WriteString(stdout, usage)
 		return err
 	case versionMode:
-		version, goVersion := buildInfo()
+		version, goVersion := ctl.Version()
 		_, err = fmt.Fprintf(stdout, "gitopper %s %s\n", version, goVersion)
 		return err
 	}
@@ -206,7 +208,7 @@ func (a *agent) work(stdout io.Writer) error {
 	if err := gitVersion(a.stop.soft); err != nil {
 		slog.Error(err.Error())
 	}
-	version, _ := buildInfo()
+	version, _ := ctl.Version()
 	slog.Info(fmt.Sprintf("gitopper %s manages %d services of %s", version, len(services), a.config),
 		"interval", a.interval, "ssh", a.ssh, "metric", a.metric)
 	notify(a.socket, "READY=1\nSTATUS="+a.summary())

@@ -1,8 +1,9 @@
+//go:build linux
+
 package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,14 +13,14 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"runtime"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"gitopper/ctl"
 )
 
 // counters are sums by metric name and label set. They may be used from everywhere.
@@ -133,7 +134,7 @@ func serviceMetrics(services []*Service) []metric {
 
 func processMetrics(configOK bool, started time.Time) []metric {
 	rss, cpu, fds := process()
-	version, goVersion := buildInfo()
+	version, goVersion := ctl.Version()
 	build := labels("version", version, "goversion", goVersion)
 	one := func(v float64) map[string]float64 { return map[string]float64{"": v} }
 
@@ -246,13 +247,4 @@ func closeOldest(limit int) func(net.Conn, http.ConnState) {
 			open = slices.DeleteFunc(open, func(o net.Conn) bool { return o == c })
 		}
 	}
-}
-
-// buildInfo returns the version of the binary, which the go command takes from the module or from git, and
-// that of Go.
-func buildInfo() (version, goVersion string) {
-	if info, ok := debug.ReadBuildInfo(); ok {
-		version = info.Main.Version
-	}
-	return cmp.Or(version, "unknown"), runtime.Version()
 }

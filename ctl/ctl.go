@@ -5,6 +5,7 @@
 package ctl
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -15,6 +16,8 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -341,4 +344,13 @@ func (c *client) askAll(ctx context.Context, hosts []host, req string, limit tim
 		}()
 	}
 	return outcomes
+}
+
+// Version returns the version of the binary, which the go command takes from the module or from git, and that
+// of Go.
+func Version() (version, goVersion string) {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		version = info.Main.Version
+	}
+	return cmp.Or(version, "unknown"), runtime.Version()
 }
