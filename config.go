@@ -15,6 +15,7 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -57,7 +58,8 @@ type dir struct {
 	local string // absolute; empty: only checked out
 	link  string // relative to the repository's top, clean
 	kind  kind
-	// mode and group are to come
+	mode  fileMode // 0: 0644
+	group string   // empty: the user's
 }
 
 // kind is what a link and its local are.
@@ -113,9 +115,11 @@ type rawService struct {
 }
 
 type rawDir struct {
-	Local string `toml:"local"`
-	Link  string `toml:"link"`
-	File  bool   `toml:"file"`
+	Local string   `toml:"local"`
+	Link  string   `toml:"link"`
+	File  bool     `toml:"file"`
+	Mode  fileMode `toml:"mode"`
+	Group string   `toml:"group"`
 }
 
 func (r *rawService) spec() spec {
@@ -137,6 +141,23 @@ func (t *settleTime) UnmarshalText(text []byte) error {
 		return nil
 	}
 	return errors.New("not a time that is short enough") // the option's name and form are told by take
+}
+
+// fileMode is the permission bits of a file that is not executable in git, as its option gives them: as octal
+// text, for a number would be read in another base than it looks.
+type fileMode uint32
+
+// Whoever may write a file decides what the unit reads; special bits would let a commit give out root's rights.
+var modeText = regexp.MustCompile(`^0?[4-7][0-7][0145]$`)
+
+func (m *fileMode) UnmarshalTOML(value any) error {
+	text, _ := value.(string)
+	bits, err := strconv.ParseUint(text, 8, 32)
+	if err == nil && modeText.MatchString(text) {
+		*m = fileMode(bits)
+		return nil
+	}
+	return errors.New("not a mode that files may have") // the option's name and form are told by take
 }
 
 // loadConfig reads and validates the config that o names, and the key files it names, through read. All
@@ -332,6 +353,9 @@ func kindOf(field any) string {
 		return "a list of strings"
 	case *settleTime:
 		return `a duration of at most 5m, such as "3s"`
+	case *fileMode:
+		return `octal text such as "0440": readable by its owner, not writable by others, ` +
+			"no setuid, setgid or sticky bit"
 	case *toml.Primitive:
 		return "a table"
 	}
@@ -391,7 +415,7 @@ func (p *parser) service(i int, entry toml.Primitive, defaults rawDefaults) {
 		for _, name := range p.take(where.inner("dirs", j), entry, &d) {
 			wrong = append(wrong, fmt.Sprintf("dirs[%d].%s", j, name))
 		}
-		s.dirs = append(s.dirs, dir{local: d.Local, link: d.Link, kind: kind(d.File)})
+		s.dirs = append(s.dirs, dir{d.Local, d.Link, kind(d.File), d.Mode, d.Group})
 	}
 
 	mistakes := s.validate(p.stateDir, p.file)

@@ -191,6 +191,21 @@ func TestConfigDirs(t *testing.T) {
 		{"link is absolute", dirs("{local='/a',link='/a'}"), `dirs[0].link "/a": must be relative`},
 		{"link leaves", dirs("{local='/a',link='a/../../b'}"), "must be a path inside the repository"},
 		{"link is everything", dirs("{local='/a',link='.'}"), "must be a path inside the repository"},
+		{"mode and group", dirs("{link='a',mode='0440',group='ssl-cert'},{link='b',mode='640'},{link='a',"+
+			"mode='0440',group='ssl-cert'}"), ""},
+		{"mode is a number", dirs("{link='a',mode=440}"),
+			`line 8, column 24: services[0] "prometheus": dirs[0]: mode: must be octal text such as "0440"`},
+		{"mode is no octal", dirs("{link='a',mode='0480'}"), "dirs[0]: mode: must be octal text"},
+		{"mode is symbolic", dirs("{link='a',mode='u=rw'}"), "dirs[0]: mode: must be octal text"},
+		{"mode is setuid", dirs("{link='a',mode='4755'}"), "no setuid, setgid or sticky bit"},
+		{"mode is for all to write", dirs("{link='a',mode='0666'}"), "not writable by others"},
+		{"mode is for all to write in", dirs("{link='a',mode='0673'}"), "not writable by others"},
+		{"mode keeps its owner out", dirs("{link='a',mode='0240'}"), "readable by its owner"},
+		{"mode is empty", dirs("{link='a',mode=''}"), "dirs[0]: mode: must be octal text"},
+		{"group", dirs("{link='a',group='a b'}"), `dirs[0].group "a b": must be a group's name`},
+		{"modes of one link", dirs("{link='a',mode='0440'},{local='/a',link='./a/'}"),
+			`dirs[1].link "a": must have the same mode and group wherever it is linked`},
+		{"groups of one link", dirs("{link='a',group='adm'},{link='a'}"), "must have the same mode and group"},
 		{"link into .git", dirs("{local='/a',link='x/.GIT/y'}"), "must not contain .git"},
 	} {
 		t.Run(tc.name, tc.run)

@@ -225,11 +225,9 @@ func lookupAccount(ctx context.Context, name string) (account, error) {
 
 	u, err := user.Lookup(name)
 	if err != nil {
-		cmd := exec.Command("getent", "passwd", name)
-		out, err := execute(ctx, program{name: "getent passwd " + name, cmd: cmd, limit: localLimit})
 		// prometheus:x:109:117::/var/lib/prometheus:/usr/sbin/nologin
-		f := strings.Split(strings.TrimSpace(string(out)), ":")
-		if err != nil || len(f) < 7 {
+		f := getent(ctx, "passwd", name)
+		if len(f) < 7 {
 			return account{}, fmt.Errorf("user %q does not exist: create it, "+
 				"or name the package that brings it", name)
 		}
@@ -249,6 +247,40 @@ func lookupAccount(ctx context.Context, name string) (account, error) {
 		}
 	}
 	return a, nil
+}
+
+// groupIDs finds the groups that dirs name, as lookupAccount does a user.
+func groupIDs(ctx context.Context, dirs []dir) (map[string]int, error) {
+	ids := map[string]int{}
+	for _, d := range dirs {
+		if _, known := ids[d.group]; known || d.group == "" {
+			continue
+		}
+		g, err := user.LookupGroup(d.group)
+		if err != nil {
+			// adm:x:4:syslog
+			f := getent(ctx, "group", d.group)
+			if len(f) < 3 {
+				return nil, fmt.Errorf("group %q does not exist: create it, "+
+					"or name the package that brings it", d.group)
+			}
+			g = &user.Group{Gid: f[2]}
+		}
+		if ids[d.group], err = strconv.Atoi(g.Gid); err != nil {
+			return nil, fmt.Errorf("group %q: %w", d.group, err)
+		}
+	}
+	return ids, nil
+}
+
+// getent asks the name service for an entry, and returns its fields; none if there is none.
+func getent(ctx context.Context, database, name string) []string {
+	cmd := exec.Command("getent", database, name)
+	out, err := execute(ctx, program{name: "getent " + database + " " + name, cmd: cmd, limit: localLimit})
+	if err != nil {
+		return nil
+	}
+	return strings.Split(strings.TrimSpace(string(out)), ":")
 }
 
 // removeTree removes a directory in which others can write, if it is there: rm(1) needs few descriptors

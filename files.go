@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha1"
 	"crypto/sha256"
@@ -43,8 +44,9 @@ type files struct {
 	dir      string // mount/service
 	manifest string // the manifest's file, in root's state directory
 	acct     account
-	dirs     []dir    // whose links lie in it
-	nested   []string // absolute paths of other services' checkouts that lie in dir
+	groups   map[string]int // ids of those that dirs name
+	dirs     []dir          // whose links lie in it
+	nested   []string       // absolute paths of other services' checkouts that lie in dir
 
 	m       *manifest        // as on disk, with what was learned since; nil: not read yet
 	staged  map[string]noted // by stage, for publish
@@ -65,7 +67,11 @@ type diff struct {
 	gone   []string // paths of ours that want does not have, sorted
 	edited []string // paths that we put there and somebody changed, sorted
 	alien  []string // paths of put where somebody's own is in the way, sorted
+	modes  []string // directories of the user's whose mode or group is to be put right, in place
 }
+
+// changes returns how many paths are not as they should be.
+func (d *diff) changes() int { return len(d.put) + len(d.gone) + len(d.modes) }
 
 // found is what the disk has under a path.
 type found int
@@ -126,16 +132,8 @@ func (f *files) compare(ctx context.Context, want tree) (diff, error) {
 			d.add(p, wanted, len(m.known[p]) > 0 && !m.pending(), there)
 		}
 	}
-	for _, l := range f.dirs {
-		if l.kind == aFile {
-			continue
-		}
-		_, err := live.to(l.link)
-		there, err := f.standing(live, err)
-		if err != nil {
-			return d, fmt.Errorf("%s/%s: %w", f.dir, l.link, err)
-		}
-		d.add(l.link, true, false, there)
+	if err := f.compareDirs(live, want, &d); err != nil {
+		return d, err
 	}
 	for _, list := range []*[]string{&d.put, &d.alien} {
 		slices.Sort(*list)
@@ -145,6 +143,86 @@ func (f *files) compare(ctx context.Context, want tree) (diff, error) {
 		return d, nil
 	}
 	return d, f.mountsInTheWay(top, d)
+}
+
+// compareDirs adds links that are missing to d.put, and directories with a wrong mode or group to d.modes.
+func (f *files) compareDirs(live *descent, want tree, d *diff) error {
+	for _, p := range f.directories(want) {
+		dir, err := live.to(p)
+		var st syscall.Stat_t
+		if err == nil {
+			st, err = dir.stat()
+		}
+		there, err := f.standing(live, err)
+		if err != nil {
+			return fmt.Errorf("%s/%s: %w", f.dir, p, err)
+		}
+
+		a, isLink := f.attrs(p, blob{}), f.linkOf(p).link == p
+		isUsers := there == asWanted && int(st.Uid) == a.uid // no owner is changed in place
+		if isUsers && a != attrsOf(&st) {
+			d.modes = append(d.modes, p)
+		}
+		if isLink {
+			d.add(p, true, false, there)
+		}
+	}
+	return nil
+}
+
+// directories returns the links that are directories, and all directories that want has below them, sorted.
+func (f *files) directories(want tree) []string {
+	stay := []string{}
+	for p, b := range want {
+		if stay = append(stay, p); b.mode == "160000" {
+			stay = append(stay, p+"/.")
+		}
+	}
+	for _, l := range f.dirs {
+		if l.kind == aDirectory {
+			stay = append(stay, l.link+"/.")
+		}
+	}
+	above := func(p string) bool { return f.linkOf(p) == dir{} }
+	return slices.DeleteFunc(slices.Sorted(maps.Keys(dirsOf(stay))), above)
+}
+
+// attrs is whose something is, and what they may do with it.
+type attrs struct {
+	uid, gid int
+	perm     uint32
+}
+
+// attrsOf returns the attributes that lstat(2) has.
+func attrsOf(st *syscall.Stat_t) attrs { return attrs{int(st.Uid), int(st.Gid), st.Mode & 0o7777} }
+
+// attrs returns the attributes of a path below a link that shows b; zero: of a directory. Directories can be
+// entered by whom they can be read.
+func (f *files) attrs(p string, b blob) attrs {
+	l := f.linkOf(p)
+	a := attrs{f.acct.uid, f.acct.gid, uint32(cmp.Or(l.mode, 0o644))}
+	if gid, ok := f.groups[l.group]; ok {
+		a.gid = gid
+	}
+	switch b.mode {
+	case "100644":
+	case "120000":
+		a.perm = 0o777 // as all symbolic links
+	default:
+		a.perm |= a.perm & 0o444 >> 2
+	}
+	return a
+}
+
+// linkOf returns the innermost link that a path is or lies in.
+func (f *files) linkOf(p string) (in dir) {
+	for _, l := range f.dirs {
+		isInner := len(l.link) > len(in.link)
+		if isInner && isBelow(p, l.link) {
+			in = l
+		}
+	}
+	return in
 }
 
 // paths returns all paths of the manifest and of want, sorted.
@@ -182,9 +260,7 @@ func (f *files) look(ctx context.Context, live *descent, p string, want blob, pa
 		return asWanted, nil
 	case has == blob{}:
 		return theirs, nil
-	case has.id != want.id, isLink != wantsLink, int(st.Uid) != f.acct.uid, int(st.Gid) != f.acct.gid:
-		return ours, nil
-	case !isLink && st.Mode&0o7777 != want.perm():
+	case has.id != want.id, isLink != wantsLink, attrsOf(&st) != f.attrs(p, want):
 		return ours, nil
 	}
 	return asWanted, nil
@@ -208,14 +284,6 @@ func (f *files) standing(live *descent, err error) (found, error) {
 func anyBelow(paths []string, dir string) bool {
 	i, _ := slices.BinarySearch(paths, dir+"/")
 	return i < len(paths) && strings.HasPrefix(paths[i], dir+"/")
-}
-
-// perm returns the permission bits of a file that shows the blob.
-func (b blob) perm() uint32 {
-	if b.mode == "100755" {
-		return 0o755
-	}
-	return 0o644
 }
 
 // match says which of the blobs that we put there a name in a directory still is; zero: none. What it had to

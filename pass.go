@@ -94,6 +94,9 @@ func (s *Service) ensureReady(ctx context.Context) error {
 		return brokenError{err}
 	}
 	s.files.acct = acct
+	if s.files.groups, err = groupIDs(ctx, s.dirs); err != nil {
+		return brokenError{err}
+	}
 	if err := s.sweep(ctx); err != nil {
 		return err
 	}
@@ -364,7 +367,7 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	if len(out.edited) > 0 && (s.last == nil || !slices.Equal(s.last.edited, out.edited)) {
 		slog.Warn(fmt.Sprintf("%s: edited here: %s", s.service, someOf(out.edited)))
 	}
-	before, changes := s.files.live(), len(c.diff.put)+len(c.diff.gone)
+	before, changes := s.files.live(), c.diff.changes()
 	if changes > 0 || c.Content != before.Content || s.files.pending() {
 		if err := s.publish(ctx, c); err != nil {
 			return err
@@ -417,7 +420,7 @@ func (s *Service) publish(ctx context.Context, c *candidate) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	changesFiles := len(c.diff.put)+len(c.diff.gone) > 0
+	changesFiles := c.diff.changes() > 0
 	if changesFiles && s.rec.Told.Content == c.Content {
 		s.untell()
 		if err := s.save(); err != nil {
@@ -433,7 +436,7 @@ func (s *Service) publish(ctx context.Context, c *candidate) error {
 	}
 	if c.Content != before.Content {
 		slog.Info(fmt.Sprintf("%s: %.8s is live", s.service, c.Commit),
-			"before", fmt.Sprintf("%.8s", before.Commit), "files", len(c.diff.put)+len(c.diff.gone))
+			"before", fmt.Sprintf("%.8s", before.Commit), "files", c.diff.changes())
 	}
 	return nil
 }

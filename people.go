@@ -273,10 +273,11 @@ func (f *files) dress(ctx context.Context, commit, objects string) error {
 }
 
 // gitConfig is the configuration of the .git for people. A git status would run git in each submodule that it
-// finds, with the configuration there: programs of the user's.
+// finds, with the configuration there: programs of the user's. Modes are those that dirs say.
 const gitConfig = `[core]
 	repositoryformatversion = 1
 	bare = false
+	fileMode = false
 	sparseCheckout = true
 	sparseCheckoutCone = false
 [extensions]

@@ -70,11 +70,15 @@ func (f *files) makeStaged(parent place, name, p string) error {
 	if err := syscall.Mkdirat(parent.fd, name, 0o755); err != nil {
 		return err
 	}
-	at := parent.path() + "/" + name
-	if slices.ContainsFunc(f.dirs, func(l dir) bool { return isBelow(p, l.link) }) {
-		return os.Lchown(at, f.acct.uid, f.acct.gid)
+	if f.linkOf(p) == (dir{}) {
+		return nil // above the links it stays root's
 	}
-	return nil // above the links it stays root's
+	return f.attrs(p, blob{}).give(parent.path() + "/" + name)
+}
+
+// give gives what is at a path the attributes. See chown(2) and chmod(2), which follow links.
+func (a attrs) give(at string) error {
+	return errors.Join(os.Chown(at, a.uid, a.gid), syscall.Chmod(at, a.perm))
 }
 
 // stageOne lays out one path; one that has no blob is a link's directory.
@@ -92,27 +96,26 @@ func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 		return err
 	}
 
-	name, at := path.Base(p), dir.path()+"/"+path.Base(p)
+	name, at, a := path.Base(p), dir.path()+"/"+path.Base(p), f.attrs(p, b)
 	switch b.mode {
 	case "160000":
-		err = syscall.Mkdirat(dir.fd, name, 0o755)
+		if err = syscall.Mkdirat(dir.fd, name, 0o700); err == nil {
+			err = a.give(at)
+		}
 	case "120000":
 		var to bytes.Buffer
 		if _, err = read(b.id, &to); err == nil {
-			err = os.Symlink(to.String(), at)
+			err = errors.Join(os.Symlink(to.String(), at), os.Lchown(at, a.uid, a.gid))
 		}
 	default:
 		var file *os.File
 		if file, err = os.OpenFile(at, createNew, 0o600); err == nil {
 			_, err = read(b.id, file)
-			err = errors.Join(err, file.Chmod(os.FileMode(b.perm())), file.Close())
+			err = errors.Join(err, file.Close(), a.give(at))
 		}
 	}
 	if errors.Is(err, syscall.EEXIST) {
 		return fmt.Errorf("the file system takes it for another name of the commit: %w", err)
-	}
-	if err == nil {
-		err = os.Lchown(at, f.acct.uid, f.acct.gid)
 	}
 	if err != nil {
 		return err
@@ -187,6 +190,11 @@ func (f *files) publish(ctx context.Context, v version, want tree, d diff) error
 	for _, p := range d.gone {
 		if err := errors.Join(ctx.Err(), w.takeOut(p)); err != nil {
 			return fmt.Errorf("take away %s/%s: %w", f.dir, p, err)
+		}
+	}
+	for _, p := range d.modes {
+		if err := errors.Join(ctx.Err(), w.putRight(p)); err != nil {
+			return fmt.Errorf("change mode or group of %s/%s: %w", f.dir, p, err)
 		}
 	}
 	w.removeEmpty(want)
@@ -280,6 +288,24 @@ func (w *swap) put(p string) error {
 		}
 	}
 	return err
+}
+
+// putRight gives a directory of the user's its mode and group, in place: it holds what is somebody's own, and
+// may be mounted. What its owner puts in its place meanwhile is no harm, for it is a directory of theirs, too.
+func (w *swap) putRight(p string) error {
+	dir, err := w.live.to(p)
+	if notThere(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	st, err := dir.stat()
+	a := w.f.attrs(p, blob{})
+	if err != nil || int(st.Uid) != a.uid {
+		return err
+	}
+	return a.give(dir.path())
 }
 
 // takeOut renames one live path out.

@@ -89,6 +89,13 @@ func (s *spec) validateDir(j int, stateDir, configFile string) (found []mistake)
 	}
 	judge("link", &d.link, validLink(d.link))
 	judge("local", &d.local, s.validLocal(d.local, stateDir, configFile))
+	if d.group != "" && !accountName.MatchString(d.group) {
+		judge("group", &d.group, "must be a group's name")
+	}
+	isOther := func(o dir) bool { return o.link == d.link && (o.mode != d.mode || o.group != d.group) }
+	if slices.ContainsFunc(s.dirs[:j], isOther) {
+		judge("link", &d.link, "must have the same mode and group wherever it is linked")
+	}
 	if i := slices.IndexFunc(s.dirs[:j], d.clashes); i >= 0 {
 		judge("local", &d.local, fmt.Sprintf("must not be in, around or equal to local %q", s.dirs[i].local))
 	}
@@ -249,6 +256,9 @@ func (c *config) warnings(o options) (found []string) {
 func (c *config) lacks(ctx context.Context) (found []string) {
 	for _, s := range c.services {
 		if _, err := lookupAccount(ctx, s.user); err != nil && s.pkg == "" { // a package may bring it
+			found = append(found, fmt.Sprintf("service %q: %v", s.service, err))
+		}
+		if _, err := groupIDs(ctx, s.dirs); err != nil && s.pkg == "" {
 			found = append(found, fmt.Sprintf("service %q: %v", s.service, err))
 		}
 		if _, err := os.Stat(s.signers); err != nil && s.signers != "" {
