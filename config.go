@@ -147,7 +147,7 @@ func (t *settleTime) UnmarshalText(text []byte) error {
 // text, for a number would be read in another base than it looks.
 type fileMode uint32
 
-// Whoever may write a file decides what the unit reads; special bits would let a commit give out root's rights.
+// Whoever may write a file decides what the unit reads; with special bits a commit would give away rights.
 var modeText = regexp.MustCompile(`^0?[4-7][0-7][0145]$`)
 
 func (m *fileMode) UnmarshalTOML(value any) error {

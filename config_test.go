@@ -191,7 +191,7 @@ func TestConfigDirs(t *testing.T) {
 		{"link is absolute", dirs("{local='/a',link='/a'}"), `dirs[0].link "/a": must be relative`},
 		{"link leaves", dirs("{local='/a',link='a/../../b'}"), "must be a path inside the repository"},
 		{"link is everything", dirs("{local='/a',link='.'}"), "must be a path inside the repository"},
-		{"mode and group", dirs("{link='a',mode='0440',group='ssl-cert'},{link='b',mode='640'},{link='a',"+
+		{"mode and group", dirs("{link='a',mode='0440',group='ssl-cert'},{link='b',mode='640'},{link='a'," +
 			"mode='0440',group='ssl-cert'}"), ""},
 		{"mode is a number", dirs("{link='a',mode=440}"),
 			`line 8, column 24: services[0] "prometheus": dirs[0]: mode: must be octal text such as "0440"`},

@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -8,8 +10,8 @@ import (
 	"time"
 )
 
-// TestLabModes: sudo's own judge accepts what is at 0440 and nothing else, sudo obeys it, and a key at 0640 is
-// for its group alone.
+// TestLabModes: visudo accepts what is at 0440 and nothing else, sudo obeys it, and a key at 0640 is for its
+// group alone.
 func TestLabModes(t *testing.T) {
 	l, u := newBareLab(t), newLabUpstream(t)
 	const rule = "daemon ALL=(root) NOPASSWD: /usr/bin/id\n"
@@ -61,7 +63,8 @@ dirs = [ { local = "/etc/tls/key.pem", link = "tls/key.pem", file = true, mode =
 		t.Error(got)
 	}
 	as := func(user, group string, cmd ...string) (string, error) {
-		return l.try(append([]string{"setpriv", "--reuid", user, "--regid", group, "--clear-groups"}, cmd...)...)
+		who := []string{"setpriv", "--reuid", user, "--regid", group, "--clear-groups"}
+		return l.try(append(who, cmd...)...)
 	}
 	if out, err := as("daemon", "daemon", "sudo", "-n", "/usr/bin/id", "-u"); err != nil || out != "0" {
 		t.Errorf("sudo: %q, %v", out, err)

@@ -291,7 +291,7 @@ func (w *swap) put(p string) error {
 }
 
 // putRight gives a directory of the user's its mode and group, in place: it holds what is somebody's own, and
-// may be mounted. What its owner puts in its place meanwhile is no harm, for it is a directory of theirs, too.
+// may be mounted. What its owner puts in its place meanwhile does no harm: it is a directory of theirs, too.
 func (w *swap) putRight(p string) error {
 	dir, err := w.live.to(p)
 	if notThere(err) {

@@ -92,7 +92,10 @@ func (s *spec) validateDir(j int, stateDir, configFile string) (found []mistake)
 	if d.group != "" && !accountName.MatchString(d.group) {
 		judge("group", &d.group, "must be a group's name")
 	}
-	isOther := func(o dir) bool { return o.link == d.link && (o.mode != d.mode || o.group != d.group) }
+	isOther := func(o dir) bool {
+		hasSame := o.mode == d.mode && o.group == d.group
+		return o.link == d.link && !hasSame
+	}
 	if slices.ContainsFunc(s.dirs[:j], isOther) {
 		judge("link", &d.link, "must have the same mode and group wherever it is linked")
 	}
