@@ -99,7 +99,7 @@ func (u *upstream) canFilter(ctx context.Context, a account) (bool, error) {
 	cmd := u.reach(a, "", "ls-remote", "-q", "origin", "refs/heads/none")
 	cmd.Env = append(cmd.Env, "GIT_TRACE_PACKET=3")
 	cmd.ExtraFiles = []*os.File{f}
-	_, err = runGit(ctx, "ls-remote "+redact(u.url), cmd, lookLimit, maxObject)
+	_, err = u.online(ctx, a, "ls-remote", cmd, lookLimit, maxObject)
 	start, _ := io.ReadAll(io.NewSectionReader(f, 0, 64<<10))
 	return offers.Match(start), err
 }

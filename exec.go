@@ -170,8 +170,12 @@ func (t *tail) Write(p []byte) (int, error) {
 func (t *tail) last() string {
 	lines := strings.Split(strings.TrimSpace(strings.ToValidUTF8(string(t.buf), "?")), "\n")
 	s := redact(unmark(oneLine(strings.Join(lines[max(0, len(lines)-9):], "\n"))))
+	s = advice.ReplaceAllString(s, "")
 	return strings.ToValidUTF8(s[max(0, len(s)-800):], "")
 }
+
+// advice is what git says of its configuration, which is not read here.
+var advice = regexp.MustCompile(`; hint: [^;]*|; To add an exception for this directory, call:;\s*git config [^;]*`)
 
 // bounded passes on what is written to it, as long as that is not absurdly much, and keeps the error that it
 // meets.
@@ -399,17 +403,18 @@ func unmark(text string) string { return marks.Replace(text) }
 // public returns a text without its private words.
 func public(text string) string { return unmark(marked.ReplaceAllString(text, "")) }
 
-var secrets = []*regexp.Regexp{ // what comes after the group is kept from others
-	regexp.MustCompile(`(https?://)[^/\s]*@`),
-	regexp.MustCompile(`(\w+://)[^/\s]*:[^/\s]*@`),
-	regexp.MustCompile(`()[^\s/:@'"]+:[^\s/@]+@`), // as git quotes the host of a git:// URL
-	regexp.MustCompile(`([?&][\w-]*(?:token|key|secret|password)[\w-]*=)[^&\s'"]+`),
+var secrets = []*regexp.Regexp{ // what stands between the groups is kept from others
+	regexp.MustCompile(`(https?://)[^/\s]*(@)`),
+	regexp.MustCompile(`(\w+://)[^/\s:@]*:[^/]*(@)`),              // with blanks, too
+	regexp.MustCompile(`(https?://)[^/\s:@]*:\d*[^\d/\s@]\S*(@)`), // with slashes: not a port then
+	regexp.MustCompile(`()[^\s/:@'"]+:[^\s/@]+(@)`),               // as git quotes the host of a git:// URL
+	regexp.MustCompile(`([?&][\w-]*(?:token|key|secret|password)[\w-]*=)[^&\s'"]+()`),
 }
 
 // redact takes passwords and tokens out of the URLs in a text.
 func redact(s string) string {
 	for _, r := range secrets {
-		s = r.ReplaceAllString(s, "${1}***")
+		s = r.ReplaceAllString(s, "${1}***${2}")
 	}
 	return s
 }

@@ -52,14 +52,18 @@ func TestExecute(t *testing.T) {
 
 func TestRedact(t *testing.T) {
 	for in, want := range map[string]string{
-		"https://user:pass@h/x":                  "https://***h/x",
-		"https://user:p@ss@h/x":                  "https://***h/x",
-		"https://token@h/x":                      "https://***h/x",
+		"https://user:pass@h/x":                  "https://***@h/x",
+		"https://user:p@ss@h/x":                  "https://***@h/x",
+		"https://token@h/x":                      "https://***@h/x",
 		"ssh://git@h/x git@h:x":                  "ssh://git@h/x git@h:x",
-		"fatal: ssh://git:pw@h/x: no":            "fatal: ssh://***h/x: no",
-		"unable to look up user:s3cret@h (port)": "unable to look up ***h (port)",
+		"fatal: ssh://git:pw@h/x: no":            "fatal: ssh://***@h/x: no",
+		"unable to look up user:s3cret@h (port)": "unable to look up ***@h (port)",
+		"https://user:pa ss@h/x":                 "https://***@h/x",
+		"'https://user:pa/s@s@h/x'":              "'https://***@h/x'",
+		"https://***@h/x ssh://***@h:22/x":       "https://***@h/x ssh://***@h:22/x",
+		"https://h:8443/a@b/c":                   "https://h:8443/a@b/c",
 		"a https://x/y and b@c":                  "a https://x/y and b@c",
-		"http://u:p@h/ http://u2:p@i/":           "http://***h/ http://***i/",
+		"http://u:p@h/ http://u2:p@i/":           "http://***@h/ http://***@i/",
 		"https://h/x?private_token=s3cret&a=b":   "https://h/x?private_token=***&a=b",
 	} {
 		if got := redact(in); got != want {

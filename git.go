@@ -71,6 +71,13 @@ func gitCommand(a account, gitDir string, extraEnv []string, args ...string) *ex
 			cmd.Env = append(cmd.Env, k+"="+v)
 		}
 	}
+	// What git hands to its TLS library, which may know nothing of the names that OpenSSL made common.
+	common := map[string]string{"GIT_SSL_CAINFO": "SSL_CERT_FILE", "GIT_SSL_CAPATH": "SSL_CERT_DIR"}
+	for k, other := range common {
+		if v := cmp.Or(os.Getenv(k), os.Getenv(other)); v != "" {
+			cmd.Env = append(cmd.Env, k+"="+v)
+		}
+	}
 	if gitDir != "" {
 		cmd.Env = append(cmd.Env, "GIT_DIR="+gitDir)
 	}
@@ -331,6 +338,40 @@ func (u *upstream) reach(a account, gitDir string, args ...string) *exec.Cmd {
 	return gitCommand(a, gitDir, env, args...)
 }
 
+// hints are our ways out of what git, ssh or curl say; ~ is the home of the user that git runs as.
+var hints = []struct {
+	words *regexp.Regexp
+	hint  string
+}{
+	{regexp.MustCompile(`could not read (Username|Password)|returned error: 40[13]`),
+		"the server wants another login: look at its line in ~/.netrc, or at the URL"},
+	{regexp.MustCompile(`repository '.*' not found|Repository not found`),
+		"there is no such repository, or not for this login"},
+	{regexp.MustCompile(`Permission denied \(`),
+		"the server accepts none of the keys in ~/.ssh: give it the public one, as a deploy key"},
+	{regexp.MustCompile(`Host key for .* has changed`),
+		"if that is meant, put the server's new key into ~/.ssh/known_hosts; else somebody is in between"},
+	{regexp.MustCompile(`Host key verification failed`),
+		"the server's key is not in ~/.ssh/known_hosts: ssh-keyscan, and compare its fingerprint"},
+	{regexp.MustCompile(`dubious ownership`), "give the repository to the user that git runs as"},
+	{regexp.MustCompile(`certificate verification failed|SSL certificate problem`),
+		"name the CA's file in GIT_SSL_CAINFO in our environment, if it is one of your own"},
+	{regexp.MustCompile(`Problem with the SSL CA cert|error (setting|reading|adding) .*(cert|trust)`),
+		"GIT_SSL_CAINFO must name a file that the user that git runs as can read"},
+}
+
+// online runs a git that may use the network. Our hint stands beside its own words.
+func (u *upstream) online(ctx context.Context, a account, verb string, cmd *exec.Cmd, limit time.Duration,
+	fileSize ...uint64) ([]byte, error) {
+	out, err := runGit(ctx, verb+" "+redact(u.url), cmd, limit, fileSize...)
+	for _, h := range hints {
+		if err != nil && h.words.MatchString(err.Error()) {
+			return out, fmt.Errorf("%w: %s", err, strings.ReplaceAll(h.hint, "~", a.home))
+		}
+	}
+	return out, err
+}
+
 var webURL = regexp.MustCompile(`^(https?://)([^/@:]*:[^/]*)@([^/?#]*)`)
 
 // configParameters is how git -c hands settings on to git's children: 'key=value' 'key=value', which stands
@@ -361,11 +402,7 @@ func (u *upstream) ask(ctx context.Context, a account) (map[string]string, error
 		args = append(args, "refs/heads/"+branch)
 	}
 	slices.Sort(args[3:])
-	out, err := runGit(ctx, "ls-remote "+redact(u.url), u.reach(a, "", args...), lookLimit)
-	if err != nil && strings.Contains(err.Error(), "dubious ownership") {
-		err = fmt.Errorf("%w: give the repository to the user that git runs as, "+
-			"for no git configuration is read here", err)
-	}
+	out, err := u.online(ctx, a, "ls-remote", u.reach(a, "", args...), lookLimit)
 	if err != nil {
 		return nil, err
 	}
@@ -410,7 +447,7 @@ func (u *upstream) fetch(ctx context.Context, a account, limit time.Duration, st
 	words := &tail{}
 	cmd.Stdin, cmd.Stdout = bytes.NewReader(stdin), words // a shallow upstream is only a warning
 	half := max(1<<20, disk.Bavail*uint64(disk.Bsize)/2)
-	_, err = runGit(ctx, "fetch "+redact(u.url), cmd, limit, half)
+	_, err = u.online(ctx, a, "fetch", cmd, limit, half)
 
 	switch said := words.buf; {
 	case shallow.Match(said):

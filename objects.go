@@ -263,7 +263,13 @@ var commitHead = regexp.MustCompile(`^(tree [0-9a-f]+\n(?:parent [0-9a-f]+\n)*)a
 
 // history calls visit with each commit that can be reached from one, that first, until visit returns false
 // or 100,000 have been visited. Each is hashed.
-func (o *objects) history(from string, visit func(id string) bool) error {
+func (u *upstream) history(ctx context.Context, from string, visit func(id string) bool) error {
+	o, err := u.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer o.close()
+
 	seen := map[string]bool{from: true}
 	queue := []string{from}
 	for len(queue) > 0 {
@@ -286,42 +292,45 @@ func (o *objects) history(from string, visit func(id string) bool) error {
 	return nil
 }
 
-// find returns the commit that a hash of 4 to 64 digits names, if it is one of ran or in the history of
-// branch's tip.
-func (u *upstream) find(ctx context.Context, branch, prefix string, ran []string) (commit string, err error) {
-	if slices.Contains(ran, prefix) {
-		return prefix, nil
-	}
-	found := map[string]bool{}
+// find returns the commits that a hash of 4 to 64 digits names, of those that ran here and of the history of
+// branch's tip; only of its 100,000 newest, where it is not a whole id.
+func (u *upstream) find(ctx context.Context, branch, hash string, ran []string) (commits []string, err error) {
 	note := func(id string) bool {
-		if strings.HasPrefix(id, prefix) {
-			found[id] = true
+		if strings.HasPrefix(id, hash) {
+			commits = append(commits, id)
 		}
-		return id != prefix
+		return true
 	}
 	for _, c := range ran {
 		note(c)
 	}
-	if tip := u.looked(branch).tip; tip != "" {
-		o, err := u.open(ctx)
-		if err != nil {
-			return "", err
+	tip := u.looked(branch).tip
+	switch {
+	case tip == "", slices.Contains(commits, hash):
+	case isHash(hash): // no other commit can be made to have this name: git's word is enough
+		var isIn bool
+		if isIn, err = u.isAncestor(ctx, hash, tip); isIn {
+			note(hash)
 		}
-		defer o.close()
-		if err := o.history(tip, note); err != nil {
-			return "", err
-		}
+	default:
+		err = u.history(ctx, tip, note)
 	}
+	slices.Sort(commits)
+	return slices.Compact(commits), err
+}
 
-	switch len(found) {
-	case 0:
-		return "", fmt.Errorf("no commit %s in the history of %s, nor one that ran here", prefix, branch)
-	case 1:
-		for commit = range found {
-			return commit, nil
-		}
+// isAncestor asks git whether a commit is in the history of another one; one that is not there is not.
+func (u *upstream) isAncestor(ctx context.Context, commit, of string) (bool, error) {
+	a, err := u.account(ctx)
+	if err != nil {
+		return false, err
 	}
-	return "", fmt.Errorf("%s names more than one commit: give more digits", prefix)
+	cmd := u.reader(a, "merge-base", "--is-ancestor", commit, of)
+	_, err = runGit(ctx, "merge-base", cmd, fetchLimit)
+	if errors.As(err, new(*exec.ExitError)) && ctx.Err() == nil {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // descends returns nil if commit is older, or descends from it, or older is empty; else a *refusal (Reason
@@ -330,14 +339,8 @@ func (u *upstream) descends(ctx context.Context, commit, older string) error {
 	if older == "" || older == commit {
 		return nil
 	}
-	o, err := u.open(ctx)
-	if err != nil {
-		return err
-	}
-	defer o.close()
-
 	met := false
-	err = o.history(commit, func(id string) bool {
+	err := u.history(ctx, commit, func(id string) bool {
 		met = id == older
 		return !met
 	})

@@ -329,19 +329,13 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 	if err := s.ensureReady(ctx); err != nil {
 		return &opError{status: "Internal Server Error", err: err}
 	}
-	ran := s.ran()
-	s.within(fetchLimit)
-	commit, err := s.up.find(ctx, s.branch, o.hash, ran)
-	if err != nil && ctx.Err() == nil && s.lookNow(ctx, false) == nil { // it may be newer than our last look
-		commit, err = s.up.find(ctx, s.branch, o.hash, ran)
-	}
+	commit, err := s.named(ctx, o.hash)
 	if err != nil {
-		return &opError{status: "Not Found", err: err}
+		return err
 	}
-
 	live := s.files.live()
 	v, err := s.today(ctx, version{Commit: commit}, live)
-	ranHere := slices.Contains(ran, commit)
+	ranHere := slices.Contains(s.ran(), commit)
 	if err == nil && !ranHere {
 		err = s.tryOut(ctx, v, live)
 	} else if err == nil && v.Content != live.Content {
@@ -358,6 +352,32 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 	s.rec.Pin = &pin{version: v, Info: strings.TrimSuffix(info+": "+o.reason, ": ")}
 	s.rec.Refused, s.rec.Suspect, s.last, s.undo = nil, nil, nil, true
 	return nil
+}
+
+// named returns the commit that an operator's hash names, or an *opError.
+func (s *Service) named(ctx context.Context, hash string) (string, error) {
+	var lookErr error
+	s.within(fetchLimit)
+	commits, err := s.up.find(ctx, s.branch, hash, s.ran())
+	if len(commits) == 0 && ctx.Err() == nil { // it may be newer than our last look
+		lookErr = s.lookNow(ctx, false)
+		s.within(fetchLimit)
+		commits, err = s.up.find(ctx, s.branch, hash, s.ran())
+	}
+	switch {
+	case err != nil:
+		return "", &opError{status: "Internal Server Error", err: err}
+	case len(commits) == 1:
+		return commits[0], nil
+	case len(commits) > 1:
+		err = fmt.Errorf("more than one commit begins with %s, give more digits: %s", hash, someOf(commits))
+		return "", &opError{status: "Bad Request", err: err}
+	}
+	err = fmt.Errorf("no such commit: %s is not in the history of %s, nor did it run here", hash, s.branch)
+	if lookErr != nil {
+		err = fmt.Errorf("%w; newer ones are not known: %w", err, lookErr)
+	}
+	return "", &opError{status: "Not Found", err: err}
 }
 
 // ran returns the commits that went live here.
