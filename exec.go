@@ -175,7 +175,8 @@ func (t *tail) last() string {
 }
 
 // advice is what git says of its configuration, which is not read here.
-var advice = regexp.MustCompile(`; hint: [^;]*|; To add an exception for this directory, call:;\s*git config [^;]*`)
+var advice = regexp.MustCompile(
+	`; hint: [^;]*|; To add an exception for this directory, call:;\s*git config [^;]*`)
 
 // bounded passes on what is written to it, as long as that is not absurdly much, and keeps the error that it
 // meets.

@@ -294,7 +294,9 @@ func (u *upstream) history(ctx context.Context, from string, visit func(id strin
 
 // find returns the commits that a hash of 4 to 64 digits names, of those that ran here and of the history of
 // branch's tip; only of its 100,000 newest, where it is not a whole id.
-func (u *upstream) find(ctx context.Context, branch, hash string, ran []string) (commits []string, err error) {
+func (u *upstream) find(ctx context.Context, branch, hash string, ran []string) ([]string, error) {
+	var commits []string
+	var err error
 	note := func(id string) bool {
 		if strings.HasPrefix(id, hash) {
 			commits = append(commits, id)
