@@ -191,6 +191,34 @@ func TestCountHundredServices(t *testing.T) {
 	f.countUnitsDown(t)
 	f.countOthers(t)
 	f.countOne(t)
+	f.countFrozen(t)
+}
+
+// countFrozen has commits upstream of services that are frozen: what waits is counted where it is more.
+func (f *fleet) countFrozen(t *testing.T) {
+	for _, s := range f.all[:3] {
+		if err := s.operate(context.Background(), op{verb: "freeze"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	look := func() {
+		if err := f.round(); err != nil {
+			t.Error(err)
+		}
+	}
+	f.commit("svc000/etc/app.conf", "waits\n", "svc001/etc/app.conf", "waits\n")
+	f.runs()
+	look()
+	wantCalls(t, "a commit that two frozen ones wait with: git", f.runs(), 4+2)
+	f.commit("other/file", "more\n")
+	f.runs()
+	look()
+	wantCalls(t, "nobody's commit, while some wait: git", f.runs(), 4)
+	for i, want := range []int{1, 1, 0, 0} {
+		if got := f.all[i].Status().Pending; got != want {
+			t.Errorf("%s: %d pending, want %d", f.all[i].service, got, want)
+		}
+	}
 }
 
 func (f *fleet) countIdle(t *testing.T) {

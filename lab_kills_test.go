@@ -397,7 +397,7 @@ func (s *storm) checkManifest(when, commit string, links []string) {
 
 	rec, _, err := readRecord(services + "app.json")
 	isTold := rec.Told.Content == m.live.Content && rec.Good.Content == m.live.Content
-	hasRan := slices.ContainsFunc(rec.Ran, func(v version) bool { return v.Commit == m.live.Commit })
+	hasRan := slices.ContainsFunc(rec.Ran, func(v ran) bool { return v.Commit == m.live.Commit })
 	if err != nil || !isTold || !hasRan || rec.Pin != nil || rec.Suspect != nil {
 		s.t.Errorf("%s: live is %v, the record has %+v, %v", when, m.live, rec, err)
 	}

@@ -233,15 +233,24 @@ func isHash(s string) bool {
 	return known && strings.Trim(s, "0123456789abcdef") == ""
 }
 
-// commit returns the id of a commit's tree, and its parents. See gitformat-commit-graph(5), git-cat-file(1):
+// commitObject is what a commit says: the id of its tree, its parents, and when it was made; zero where that
+// makes no sense.
+type commitObject struct {
+	top     string
+	parents []string
+	at      time.Time
+}
+
+// commit reads a commit. See gitformat-commit-graph(5), git-cat-file(1):
 //
 //	tree 29ff16c9...
 //	parent 606eb576...
-//	author ...
-func (o *objects) commit(id string) (top string, parents []string, err error) {
+//	author Ann <ann@example.org> 1767225600 +0100
+//	committer ...
+func (o *objects) commit(id string) (c commitObject, err error) {
 	data, err := o.whole(id, "commit")
 	if err != nil {
-		return "", nil, err
+		return c, err
 	}
 	var ids []string
 	if head := commitHead.FindSubmatch(data[:min(len(data), maxHead)]); head != nil {
@@ -250,16 +259,22 @@ func (o *objects) commit(id string) (top string, parents []string, err error) {
 				ids = append(ids, word)
 			}
 		}
+		// A year of four digits, as RFC 1123 has it, fits 38 bits.
+		if seconds, err := strconv.ParseInt(string(head[2]), 10, 38); err == nil {
+			c.at = time.Unix(seconds, 0)
+		}
 	}
 	isOdd := func(s string) bool { return len(s) != len(id) }
 	if ids == nil || slices.ContainsFunc(ids, isOdd) {
 		info := fmt.Sprintf("commit %.8s is malformed: it begins with %.160q", id, data)
-		return "", nil, &refusal{version: version{id, digest("link", id)}, Reason: "link", Info: info}
+		return c, &refusal{version: version{id, digest("link", id)}, Reason: "link", Info: info}
 	}
-	return ids[0], ids[1:], nil
+	c.top, c.parents = ids[0], ids[1:]
+	return c, nil
 }
 
-var commitHead = regexp.MustCompile(`^(tree [0-9a-f]+\n(?:parent [0-9a-f]+\n)*)author `)
+var commitHead = regexp.MustCompile(`^(tree [0-9a-f]+\n(?:parent [0-9a-f]+\n)*)author ` +
+	`(?:.*\ncommitter .* (\d+) [-+]\d+\n)?`)
 
 // history calls visit with each commit that can be reached from one, that first, until visit returns false
 // or 100,000 have been visited. Each is hashed.
@@ -278,11 +293,11 @@ func (u *upstream) history(ctx context.Context, from string, visit func(id strin
 		if !visit(id) {
 			return nil
 		}
-		_, parents, err := o.commit(id)
+		c, err := o.commit(id)
 		if err != nil {
 			return err
 		}
-		for _, p := range parents {
+		for _, p := range c.parents {
 			if !seen[p] && len(seen) < maxHistory {
 				seen[p] = true
 				queue = append(queue, p)

@@ -441,22 +441,6 @@ func (s *Service) publish(ctx context.Context, c *candidate) error {
 	return nil
 }
 
-// noteRan remembers what is live among what ran here; also after a kill between the manifest and the record.
-func (s *Service) noteRan(live version) {
-	n := len(s.rec.Ran)
-	if n > 0 && s.rec.Ran[n-1].Commit == live.Commit {
-		return
-	}
-	if live.Commit == s.up.looked(s.branch).tip {
-		s.rec.Newest.Commit = live.Commit
-	}
-	s.rec.Ran = slices.DeleteFunc(s.rec.Ran, func(v version) bool { return v.Commit == live.Commit })
-	s.rec.Ran = append(s.rec.Ran, live)
-	if n := len(s.rec.Ran); n > 50 {
-		s.rec.Ran = slices.Clone(s.rec.Ran[n-50:])
-	}
-}
-
 // keepEdits deals with what came out of the live files, now that no local shows it any more.
 func (s *Service) keepEdits(c *candidate) error {
 	kept, err := s.files.clear(s.stop.hard)
@@ -584,6 +568,7 @@ func (s *Service) takeBack(ctx context.Context, v version, cause error, out *out
 		f := refusal{version: v, Judge: s.judge("fallback"), Reason: "fallback", Info: oneLine(fmt.Sprintf(
 			"commit %.8s taken back, %.8s runs; with %.8s: %v", v.Commit, good.Commit, v.Commit, cause))}
 		s.rec.Suspect, s.rec.Good = &suspect{refusal: f}, good
+		s.noteOutcome("taken back: " + oneLine(cause.Error()))
 		s.untell()
 		err = s.save()
 	}

@@ -47,6 +47,7 @@ type facts struct {
 	tip    version   // upstream's newest commit that was judged, and was accepted or shows what is live
 	seenAt time.Time // when the unit last settled, or was looked at
 
+	waiting waiting       // what upstream has that does not run
 	mounted time.Duration // CLOCK_MONOTONIC when our start had made the mounts; 0: it could not
 }
 
@@ -348,7 +349,7 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 		return &opError{status: "Internal Server Error", err: fmt.Errorf("commit %.8s: %w", commit, err)}
 	}
 
-	info := fmt.Sprintf("ROLLBACK: %.8s, %s", commit, o.who)
+	info := rollbackInfo(commit) + o.who
 	s.rec.Pin = &pin{version: v, Info: strings.TrimSuffix(info+": "+o.reason, ": ")}
 	s.rec.Refused, s.rec.Suspect, s.last, s.undo = nil, nil, nil, true
 	return nil
@@ -378,14 +379,6 @@ func (s *Service) named(ctx context.Context, hash string) (string, error) {
 		err = fmt.Errorf("%w; newer ones are not known: %w", err, lookErr)
 	}
 	return "", &opError{status: "Not Found", err: err}
-}
-
-// ran returns the commits that went live here.
-func (s *Service) ran() (commits []string) {
-	for _, v := range s.rec.Ran {
-		commits = append(commits, v.Commit)
-	}
-	return commits
 }
 
 // tryOut judges a commit that an operator wants and that never ran here: as upstream's newest, but that it
@@ -526,6 +519,8 @@ func (s *Service) conclude(ctx context.Context, out outcome) {
 	if !wasEnded {
 		s.last, s.undo = &out, false
 		s.facts.ready = s.facts.ready && out.err == nil
+		s.noteTrouble(out.err)
+		s.tally(ctx)
 	}
 	s.publishStatus()
 	err := s.save()

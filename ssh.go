@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"slices"
@@ -37,6 +38,7 @@ func sshRoutes() []route {
 	return []route{
 		{"/list/machine", true, 0, 0, "", (*sshServer).listMachines},
 		{"/list/service", true, 0, 1, "[SERVICE]", (*sshServer).listServices},
+		{"/list/log", true, 1, 1, "SERVICE", (*sshServer).listLog},
 		{"/do/freeze", false, 1, maxRequest, "SERVICE [DURATION] [REASON...]", (*sshServer).change},
 		{"/do/unfreeze", false, 1, 1, "SERVICE", (*sshServer).change},
 		{"/do/rollback", false, 2, maxRequest, "SERVICE HASH [REASON...]", (*sshServer).change},
@@ -152,14 +154,11 @@ func sshError(status, format string, args ...any) error {
 
 // errorLine is how a client sees an error: HTTP status text first, and private words only for who may write.
 func errorLine(err error, write bool) string {
-	status, text := "Internal Server Error", public(err.Error())
+	status := "Internal Server Error"
 	if oe, ok := errors.AsType[*opError](err); ok {
 		status = oe.status
 	}
-	if write {
-		text = unmark(err.Error())
-	}
-	return printable(status+": "+text, 4000)
+	return printable(status+": "+visitor{write: write}.told(err.Error()), 4000)
 }
 
 // parseRequest takes an exec request's payload apart: a string (RFC 4254 section 6.5) of printable words.
@@ -225,23 +224,58 @@ func (s *sshServer) listMachines(context.Context, *sshConn, []string, func(strin
 }
 
 func (s *sshServer) listServices(_ context.Context, c *sshConn, words []string, _ func(string)) (any, error) {
-	answer := ctl.Services{Services: []ctl.Service{}}
-	for _, svc := range s.services {
-		st := svc.Status()
-		if len(words) > 1 && words[1] != st.Service {
-			continue
+	services, answer := s.services, ctl.Services{Services: []ctl.Service{}}
+	if len(words) > 1 {
+		svc, err := s.service(words[1])
+		if err != nil {
+			return nil, err
 		}
-		row := ctl.Service{
-			Service: st.Service, Hash: fmt.Sprintf("%.8s", st.Commit), State: st.State, StateInfo: st.Public,
-			Change: date(st.Change), Pending: st.Pending, Committed: date(st.Committed),
-		}
-		if c.who.write {
-			row.StateInfo = unmark(st.Info)
-		}
-		answer.Services = append(answer.Services, row)
+		services = []*Service{svc}
 	}
-	if len(words) > 1 && len(answer.Services) == 0 {
-		return nil, sshError("Not Found", "no service %q on %s", words[1], s.actual)
+	for _, svc := range services {
+		st := svc.Status()
+		info := st.Public
+		if c.who.write {
+			info = unmark(st.Info)
+		}
+		answer.Services = append(answer.Services, ctl.Service{
+			Service: st.Service, Hash: fmt.Sprintf("%.8s", st.Commit), State: st.State, StateInfo: info,
+			Change: date(st.Change), Pending: st.Pending, Committed: date(st.Committed),
+		})
+	}
+	return answer, nil
+}
+
+// service finds a service by its name.
+func (s *sshServer) service(name string) (*Service, error) {
+	for _, svc := range s.services {
+		if svc.Status().Service == name {
+			return svc, nil
+		}
+	}
+	return nil, sshError("Not Found", "no service %q on %s", name, s.actual)
+}
+
+// listLog tells of what ran, from the record, and of what waits. It runs nothing.
+func (s *sshServer) listLog(_ context.Context, c *sshConn, words []string, _ func(string)) (any, error) {
+	svc, err := s.service(words[1])
+	if err != nil {
+		return nil, err
+	}
+	rec, _, err := readRecord(recordFile(svc.stateDir, words[1]))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+
+	st := svc.Status()
+	answer := ctl.Log{
+		Service: st.Service, Ran: []ctl.Ran{},
+		Pending: append([]ctl.Commit{}, st.commits...), More: st.Pending - len(st.commits),
+	}
+	for _, r := range slices.Backward(rec.Ran[max(0, len(rec.Ran)-ranKept):]) {
+		answer.Ran = append(answer.Ran, ctl.Ran{
+			Hash: r.Commit, When: date(r.When), By: r.By, Outcome: c.who.told(r.Outcome),
+		})
 	}
 	return answer, nil
 }
@@ -280,9 +314,9 @@ func (s *sshServer) change(ctx context.Context, c *sshConn, words []string, step
 // carryOut does not stop when the client hangs up: what was asked for is done or fails, and the log says
 // which.
 func (s *sshServer) carryOut(ctx context.Context, c *sshConn, words []string, step func(string)) error {
-	i := slices.IndexFunc(s.services, func(svc *Service) bool { return svc.Status().Service == words[1] })
-	if i < 0 {
-		return sshError("Not Found", "no service %q on %s", words[1], s.actual)
+	svc, err := s.service(words[1])
+	if err != nil {
+		return err
 	}
 	o, err := parseOp(words, time.Now())
 	if err != nil {
@@ -292,7 +326,7 @@ func (s *sshServer) carryOut(ctx context.Context, c *sshConn, words []string, st
 	o.who, o.step = fmt.Sprintf("%s (%s@%s)", c.who.comment, c.who.user, c.from), step
 	c.busy(ctx, 1)
 	defer c.busy(ctx, -1)
-	return s.do(s.services[i], ctx, o)
+	return s.do(svc, ctx, o)
 }
 
 // parseOp reads the words of a /do/ command, whose number is right.
@@ -361,6 +395,14 @@ const (
 type visitor struct {
 	file, comment, user string
 	write               bool
+}
+
+// told returns a text as a visitor may read it.
+func (v visitor) told(text string) string {
+	if v.write {
+		return unmark(text)
+	}
+	return public(text)
 }
 
 // sshConn is a connection with limits: on bytes, pace and time.

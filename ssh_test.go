@@ -80,8 +80,8 @@ func newSSHFixture(t *testing.T, tune func(*sshFixture)) *sshFixture {
 	f.rw, f.ro = f.key("rw", "alice@laptop"), f.key("ro", "bob@desk")
 	services := []*Service{
 		statusService(Status{Service: "prometheus", Commit: "606eb576bfeea4bcb8d6d6e2d5e5b1d7a1e2a3b4", State: "OK",
-			Change: time.Date(2022, 11, 18, 10, 14, 52, 0, time.FixedZone("CET", 3600)), Pending: 3,
-			Committed: time.Date(2022, 11, 17, 23, 30, 0, 0, time.FixedZone("EST", -5*3600))}),
+			Change:  time.Date(2022, 11, 18, 10, 14, 52, 0, time.FixedZone("CET", 3600)),
+			waiting: waiting{Pending: 3, Committed: time.Date(2022, 11, 17, 23, 30, 0, 0, time.FixedZone("EST", -5*3600))}}),
 		statusService(Status{Service: "node-exporter", State: "DIFF", Public: `git: <no such branch> "m&m" in 1 line`,
 			Info: `git: <no such branch> "m&m" in 1 line` + quote(": the check's own words")}),
 	}
@@ -231,7 +231,7 @@ func (f *sshFixture) wait(what string, cond func() bool) {
 func TestSSHRoutes(t *testing.T) {
 	// Who adds a route says here whose it is.
 	want := map[string]bool{
-		"/list/machine": true, "/list/service": true,
+		"/list/machine": true, "/list/service": true, "/list/log": true,
 		"/do/freeze": false, "/do/unfreeze": false, "/do/rollback": false, "/do/pull": false,
 	}
 	f := newSSHFixture(t, nil)

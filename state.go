@@ -46,9 +46,8 @@ type Status struct {
 	OutOfSync              time.Time
 	LastLook               time.Time // last successful look at upstream
 	Refused                string    // why upstream's newest commit does not run, as refusal.Reason
-	Pending                int       // commits upstream that would change the service
-	Committed              time.Time // of Commit
-	state                  state
+	waiting
+	state state
 }
 
 // version is a commit, and an id of what a service's links show in it: two commits with the same content are
@@ -140,7 +139,7 @@ type record struct {
 	Good    version    // the last one on which the unit settled
 	Suspect *suspect   `json:",omitempty"`
 	Refused []refusal  `json:",omitempty"` // the newest last, 20 at most
-	Ran     []version  `json:",omitempty"` // what went live here, the newest last, 50 at most
+	Ran     []ran      `json:",omitempty"` // what went live here, the newest last, see lastRan
 	Newest  newest     // for signers
 	Mounts  mountTable // what is mounted where, and what was made for it
 	Signers string     `json:",omitempty"` // bootstrap: those of the config that ran last
@@ -378,6 +377,7 @@ func (s *Service) publishStatus() {
 		Service: s.service, Commit: runs.Commit, State: st.String(), Info: unmark(info), Public: public(info),
 		Change: s.rec.Row.Since, Upstream: s.upstream, Branch: s.branch,
 		InSync: inSync, OutOfSync: s.rec.Row.OutOfSync, LastLook: l.at, Refused: refused, state: st,
+		waiting: s.facts.waiting,
 	})
 }
 
@@ -459,6 +459,7 @@ func (s *Service) refuse(v version, f *refusal) *refusal {
 
 // settled remembers that what is live is good.
 func (s *Service) settled(now told) error {
+	s.noteOutcome(stateOK.String())
 	if s.rec.Told.Content != now.Content || s.rec.Told.Boot != now.Boot {
 		s.rec.Told = now
 	}

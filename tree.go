@@ -13,6 +13,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 )
 
 // blob is one file, symbolic link or submodule of a tree; the zero blob: nothing there.
@@ -27,9 +28,10 @@ type tree map[string]blob
 
 // showing is what the links of one service show in a tip, or why they must not (a *refusal).
 type showing struct {
-	content string
-	tree    tree
-	err     error
+	content   string
+	tree      tree
+	err       error
+	committed time.Time // of the tip
 }
 
 // shownAt is where a showing belongs: a commit, and the linksKey of what is shown of it.
@@ -161,7 +163,8 @@ func parseTree(data []byte, size int) ([]entry, error) {
 type walk struct {
 	o       *objects
 	commit  string
-	content string // of its links, once that is known
+	at      time.Time // when it was committed
+	content string    // of its links, once that is known
 	tree    tree
 	above   tree // what git status reads in the directories above links
 	entries int  // that were added to tree, with directories
@@ -213,6 +216,7 @@ func (w *walk) show(dirs []dir, before showing) (showing, error) {
 		slices.Sort(parts)
 		w.content, w.tree = digest(slices.Compact(parts)...), tree{}
 		if w.content == before.content && before.err == nil {
+			before.committed = w.at
 			return before, nil
 		}
 	}
@@ -222,25 +226,25 @@ func (w *walk) show(dirs []dir, before showing) (showing, error) {
 		}
 	}
 	if err == nil {
-		return showing{content: w.content, tree: w.tree}, nil
+		return showing{w.content, w.tree, nil, w.at}, nil
 	}
 	r := (*refusal)(nil)
 	if errors.As(err, &r) {
 		r.Commit = w.commit
-		return showing{content: w.content, err: r}, nil
+		return showing{w.content, nil, r, w.at}, nil
 	}
 	return showing{}, err
 }
 
 // links returns the entries that dirs link to; the name of each is its whole path.
 func (w *walk) links(dirs []dir) (links []entry, err error) {
-	top, _, err := w.o.commit(w.commit)
+	c, err := w.o.commit(w.commit)
 	if err != nil {
 		return nil, err
 	}
-	w.above = tree{}
+	w.at, w.above = c.at, tree{}
 	for _, d := range dirs {
-		e, err := w.find(top, d.link)
+		e, err := w.find(c.top, d.link)
 		if err != nil {
 			return nil, err
 		}
