@@ -106,3 +106,20 @@ func (w *world) whenShown(name, text string) <-chan time.Time {
 	}()
 	return shown
 }
+
+// BenchmarkPage is the page of a host with a thousand services, all of which have much to say.
+func BenchmarkPage(b *testing.B) {
+	var services []*Service
+	for i := range 1000 {
+		services = append(services, statusService(Status{Service: fmt.Sprint("service", i), Change: time.Now(),
+			State: "FREEZE", state: stateFreeze, waiting: waiting{Pending: i}, LastLook: time.Now(),
+			Commit: "606eb576bfeea4bcb8d6d6e2d5e5b1d7a1e2a3b4", Public: "operator (root@192.0.2.1): " +
+				"looking at a slow page, until Sun, 22 Nov 2026 23:54:06 UTC"}))
+	}
+	m := testMonitor(services)
+	for b.Loop() {
+		if err := m.writePage(io.Discard, time.Now()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -458,7 +458,8 @@ func (a *agent) feedWatchdog() {
 func (a *agent) serveMetrics() {
 	if l := a.listen("--metric", a.metric); l != nil {
 		services := func() []*Service { return *a.services.Load() }
-		serveMetrics(a.stop.soft, l, services, a.configRight, a.started)
+		m := monitor{a.names[0], services, a.configRight, a.summary, a.started}
+		m.serve(a.stop.soft, l)
 	}
 }
 

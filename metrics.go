@@ -4,9 +4,14 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/base64"
 	"errors"
 	"fmt"
+	"html/template"
 	"io"
 	"log/slog"
 	"maps"
@@ -23,11 +28,17 @@ import (
 	"gitopper/ctl"
 )
 
-// counters are sums by metric name and label set. They may be used from everywhere.
+// counters are sums by metric name and label set, and the last events. They may be used from everywhere.
 type counters struct {
-	mu   sync.Mutex
-	sums map[string]map[string]float64
+	mu     sync.Mutex
+	sums   map[string]map[string]float64
+	events []event // the newest last, maxEvents at most
 }
+
+// event is a change on this host, as everybody may know it.
+type event struct{ At, Service, Text string }
+
+const maxEvents = 20
 
 // count holds all counters of the process.
 var count = &counters{sums: map[string]map[string]float64{}}
@@ -43,6 +54,25 @@ func (c *counters) addFloat(name, labels string, v float64) {
 		c.sums[name] = map[string]float64{}
 	}
 	c.sums[name][labels] += v
+}
+
+// note remembers an event for the page.
+func (c *counters) note(service, text string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+
+	c.events = append(c.events, event{pageTime(time.Now()), service, strings.TrimSpace(text)})
+	c.events = slices.Clone(c.events[max(0, len(c.events)-maxEvents):])
+}
+
+// lastEvents returns what was noted, the newest first.
+func (c *counters) lastEvents() []event {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+
+	last := slices.Clone(c.events)
+	slices.Reverse(last)
+	return last
 }
 
 // samples returns what a counter stands at, by label set.
@@ -107,10 +137,12 @@ func writeMetrics(w io.Writer, services []*Service, configOK bool, started time.
 func serviceMetrics(services []*Service) []metric {
 	state, change, info := map[string]float64{}, map[string]float64{}, map[string]float64{}
 	sync, since, last := map[string]float64{}, map[string]float64{}, map[string]float64{}
+	committed := map[string]float64{}
 	for _, s := range services {
 		st, l := s.Status(), labels("service", s.service)
 		state[l], change[l] = float64(st.state), seconds(st.Change)
 		sync[l], since[l], last[l] = truth(st.InSync), seconds(st.OutOfSync), seconds(st.LastLook)
+		committed[l] = seconds(st.Committed)
 
 		hash, upstream := fmt.Sprintf("%.8s", st.Commit), redact(st.Upstream)
 		info[labels("service", s.service, "hash", hash, "branch", st.Branch, "upstream", upstream)] = 1
@@ -121,6 +153,8 @@ func serviceMetrics(services []*Service) []metric {
 			"State of the service: 0 OK, 1 FREEZE, 2 ROLLBACK, 3 BROKEN, 4 DIFF.", state},
 		{"gitopper_service_change_time_seconds", "gauge", "When the state last changed, Unix time.", change},
 		{"gitopper_service_info", "gauge", "Which commit of which branch and upstream runs.", info},
+		{"gitopper_service_committed_seconds", "gauge",
+			"When what runs was committed, Unix time; 0 where it is not known.", committed},
 		{"gitopper_service_in_sync", "gauge", "Whether what runs is upstream's newest commit.", sync},
 		{"gitopper_service_out_of_sync_since_seconds", "gauge",
 			"Since when it is not, Unix time; 0 while it is.", since},
@@ -190,34 +224,36 @@ func healthy(services []*Service) (stuck []string) {
 	return stuck
 }
 
-const frontPage = `<!doctype html><title>gitopper</title><h1>gitopper</h1>` +
-	`<ul><li><a href="/metrics">/metrics</a><li><a href="/healthz">/healthz</a></ul>` + "\n"
+// monitor is what the HTTP interface tells of this host.
+type monitor struct {
+	host     string
+	services func() []*Service
+	configOK func() bool
+	summary  func() string
+	started  time.Time
+}
 
-// serveMetrics answers /metrics, /healthz and / on l until ctx is done. Connections are few and short,
-// whoever makes them.
-func serveMetrics(ctx context.Context, l net.Listener, services func() []*Service, configOK func() bool,
-	started time.Time) {
+// serve answers /metrics, /healthz and / on l until ctx is done. Connections are few and short, whoever makes
+// them.
+func (m monitor) serve(ctx context.Context, l net.Listener) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		var b bytes.Buffer
-		writeMetrics(&b, services(), configOK(), started)
+		writeMetrics(&b, m.services(), m.configOK(), m.started)
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 		_, _ = w.Write(b.Bytes())
 	})
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		if stuck := healthy(services()); len(stuck) > 0 {
+		if stuck := healthy(m.services()); len(stuck) > 0 {
 			http.Error(w, "stuck: "+strings.Join(stuck, " "), http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(w, "ok")
 	})
-	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		fmt.Fprint(w, frontPage)
-	})
+	mux.HandleFunc("GET /{$}", m.servePage)
 
 	server := &http.Server{
-		Handler: mux, ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
+		Handler: hardened(mux), ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
 		ConnState: closeOldest(64), ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
 	}
 	server.SetKeepAlivesEnabled(false)
@@ -225,6 +261,107 @@ func serveMetrics(ctx context.Context, l net.Listener, services func() []*Servic
 	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		slog.Error(fmt.Sprintf("metrics: %v", err))
 	}
+}
+
+// hardened has browsers run, load and guess nothing of what they get, keep no copy of it, and show it in
+// nobody else's page.
+func hardened(h http.Handler) http.Handler {
+	// The page's own style is let through by its hash. See www.w3.org/TR/CSP3.
+	_, style, _ := strings.Cut(pageText, "<style>")
+	style, _, _ = strings.Cut(style, "</style>")
+	sum := sha256.Sum256([]byte(style))
+	policy := "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; " +
+		"style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
+
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Security-Policy", policy)
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		w.Header().Set("Referrer-Policy", "no-referrer")
+		w.Header().Set("Cache-Control", "no-store")
+		h.ServeHTTP(w, r)
+	})
+}
+
+//go:embed testdata/page.html
+var pageText string
+
+var pageTemplate = template.Must(template.New("page").Parse(pageText))
+
+// pageRow is a service as the page shows it: no more than a key that may only look would be told. What others
+// wrote is escaped by the template.
+type pageRow struct {
+	Service, Info string
+	Facts         template.HTML
+}
+
+// factCells are the cells with what we found ourselves, ready to be shown: with a thousand services the
+// template takes as long for each cell as for all of these.
+const factCells = `<td role="cell"><span class="state %[1]s">%[1]s</span></td>
+<td role="cell"><code>%[2]s</code></td>
+<td role="cell" data-name="pending">%[3]s</td>
+<td role="cell" data-name="since"><time>%[4]s</time></td>
+<td role="cell" data-name="looked">%[5]s</td>`
+
+func (m monitor) servePage(w http.ResponseWriter, _ *http.Request) {
+	var b bytes.Buffer
+	if err := m.writePage(&b, time.Now()); err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	_, _ = w.Write(b.Bytes())
+}
+
+// writePage writes the page for people: what is in trouble comes first.
+func (m monitor) writePage(w io.Writer, now time.Time) error {
+	var all []*Status
+	for _, s := range m.services() {
+		all = append(all, s.Status())
+	}
+	slices.SortStableFunc(all, func(a, b *Status) int { return cmp.Compare(b.state, a.state) })
+
+	rows := make([]pageRow, len(all))
+	for i, st := range all {
+		commit := template.HTMLEscapeString(fmt.Sprintf("%.8s", st.Commit))
+		pending := ""
+		if st.Pending > 0 {
+			pending = fmt.Sprintf("+%d", st.Pending)
+		}
+		since, look := pageTime(st.Change), age(now, st.LastLook)
+		facts := fmt.Sprintf(factCells, st.State, commit, pending, since, look)
+		rows[i] = pageRow{Service: st.Service, Info: st.Public, Facts: template.HTML(facts)}
+	}
+	version, _ := ctl.Version()
+	return pageTemplate.Execute(w, map[string]any{
+		"Host": m.host, "Version": version, "Summary": m.summary(), "ConfigOK": m.configOK(),
+		"Now": pageTime(now), "Services": rows, "Events": count.lastEvents(),
+	})
+}
+
+// pageTime is a time as people and HTML's <time> read it; nothing for the zero time.
+func pageTime(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format("2006-01-02 15:04:05Z")
+}
+
+// age says how long ago t was, in its largest unit.
+func age(now, t time.Time) string {
+	if t.IsZero() {
+		return "never"
+	}
+	since := max(0, now.Sub(t))
+	hours := int(since.Hours())
+	switch {
+	case since < time.Minute:
+		return fmt.Sprintf("%d s ago", int(since.Seconds()))
+	case since < time.Hour:
+		return fmt.Sprintf("%d min ago", int(since.Minutes()))
+	case hours < 48:
+		return fmt.Sprintf("%d h ago", hours)
+	}
+	return fmt.Sprintf("%d days ago", hours/24)
 }
 
 // closeOldest keeps a server at limit connections, so that they can't take git's descriptors: a further one

@@ -19,7 +19,8 @@ func testServices(t *testing.T) []*Service {
 	t.Helper()
 	when := time.Unix(1668762892, 500e6)
 	a := statusService(Status{Service: "prometheus", Upstream: "https://user:secret@example.org/c.git", Branch: "main",
-		Commit: strings.Repeat("12345678", 5), Change: when, InSync: true, LastLook: when})
+		Commit: strings.Repeat("12345678", 5), Change: when, InSync: true, LastLook: when,
+		waiting: waiting{Committed: when.Add(-time.Hour)}})
 	b := statusService(Status{Service: "caddy@1", Upstream: "/u\"\\\n", Branch: "x", Change: when, OutOfSync: when})
 	return []*Service{a, b}
 }
@@ -72,7 +73,7 @@ func TestHTTP(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() {
-		serveMetrics(ctx, l, func() []*Service { return services }, func() bool { return true }, time.Now())
+		testMonitor(services).serve(ctx, l)
 		close(ended)
 	}()
 	get := func(path string) (int, string) {
@@ -95,11 +96,25 @@ func TestHTTP(t *testing.T) {
 	}{
 		{"/metrics", 200, "text/plain; version=0.0.4; charset=utf-8\n# HELP gitopper_service_state"},
 		{"/healthz", 200, "ok\n"},
-		{"/", 200, `<a href="/metrics">`},
+		{"/", 200, "text/html; charset=utf-8\n<!DOCTYPE html>"},
 		{"/nope", 404, ""},
 	} {
 		if code, body := get(tc.path); code != tc.code || !strings.Contains(body, tc.want) {
 			t.Errorf("%s: %d %s", tc.path, code, body)
+		}
+	}
+	resp, err := http.Get("http://" + l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	for name, want := range map[string]string{
+		"Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; " +
+			"frame-ancestors 'none'; style-src 'sha256-",
+		"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
+	} {
+		if got := resp.Header.Get(name); !strings.HasPrefix(got, want) {
+			t.Errorf("%s: %q, want %q", name, got, want)
 		}
 	}
 	// Strangers that hold connections keep nobody out.

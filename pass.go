@@ -435,7 +435,7 @@ func (s *Service) publish(ctx context.Context, c *candidate) error {
 		return err
 	}
 	if c.Content != before.Content {
-		slog.Info(fmt.Sprintf("%s: %.8s is live", s.service, c.Commit),
+		s.event(slog.LevelInfo, fmt.Sprintf("%.8s is live", c.Commit),
 			"before", fmt.Sprintf("%.8s", before.Commit), "files", c.diff.changes())
 	}
 	return nil
@@ -457,8 +457,8 @@ func (s *Service) keepEdits(c *candidate) error {
 	if len(undone) > 0 || len(c.diff.edited) > 0 {
 		n := max(len(undone), len(c.diff.edited)) // a file that was removed leaves nothing to keep
 		count.addFloat("gitopper_service_drift_total", labels("service", s.service), float64(n))
-		slog.Warn(fmt.Sprintf("%s: local edits undone: %s; kept: %s", s.service,
-			someOf(c.diff.edited), cmp.Or(someOf(undone), "nothing")))
+		paths := fmt.Sprintf(": %s; kept: %s", someOf(c.diff.edited), cmp.Or(someOf(undone), "nothing"))
+		s.event(slog.LevelWarn, "local edits undone"+quote(paths))
 	}
 	return nil
 }

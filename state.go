@@ -352,10 +352,10 @@ func (s *Service) publishStatus() {
 	was := s.rec.Row
 	if known && (st.String() != was.State || was.Since.IsZero()) {
 		s.rec.Row.Since = now
-		slog.Log(context.Background(), levelOf(st), fmt.Sprintf("%s: %s -> %s %s", s.service,
-			cmp.Or(was.State, "new"), st, info), "commit", fmt.Sprintf("%.8s", runs.Commit))
+		text := fmt.Sprintf("%s -> %s %s", cmp.Or(was.State, "new"), st, info)
+		s.event(levelOf(st), text, "commit", fmt.Sprintf("%.8s", runs.Commit))
 	} else if known && info != was.Info && info != "" {
-		slog.Warn(fmt.Sprintf("%s: %s %s", s.service, st, info))
+		s.event(slog.LevelWarn, fmt.Sprintf("%s %s", st, info))
 	}
 	if known {
 		s.rec.Row.State, s.rec.Row.Info = st.String(), info
@@ -379,6 +379,12 @@ func (s *Service) publishStatus() {
 		InSync: inSync, OutOfSync: s.rec.Row.OutOfSync, LastLook: l.at, Refused: refused, state: st,
 		waiting: s.facts.waiting,
 	})
+}
+
+// event logs a change of the service, and remembers it for the page without its private words.
+func (s *Service) event(level slog.Level, text string, more ...any) {
+	slog.Log(context.Background(), level, s.service+": "+text, more...)
+	count.note(s.service, public(text))
 }
 
 // levelOf is the level at which a new state is logged.
