@@ -350,7 +350,7 @@ dirs = [ { local = "/etc/app/dir", link = "app" }, { local = "/etc/app/file", li
 	if out, err := l.try("sh", "-c", "promtool check metrics </root/metrics 2>&1"); err != nil || out != "" {
 		t.Errorf("promtool check metrics: %v: %s", err, out)
 	}
-	if out, err := l.try("sh", "-c", "systemd-analyze verify /etc/systemd/system/gitopper.service 2>&1"); err != nil || out != "" {
+	if out, err := l.try("sh", "-c", "systemd-analyze verify --man=no /etc/systemd/system/gitopper.service 2>&1"); err != nil || out != "" {
 		t.Errorf("systemd-analyze verify: %v: %s", err, out)
 	}
 }

@@ -93,6 +93,12 @@ func (o options) run(ctx context.Context, stdout, stderr io.Writer) (err error) 
 	case helpMode:
 		_, err = io.WriteString(stdout, usage)
 		return err
+	case alertsMode:
+		_, err = io.WriteString(stdout, alertRules)
+		return err
+	case dashboardMode:
+		_, err = io.WriteString(stdout, dashboard)
+		return err
 	case versionMode:
 		version, goVersion := ctl.Version()
 		_, err = fmt.Fprintf(stdout, "gitopper %s %s\n", version, goVersion)

@@ -347,6 +347,10 @@ func TestUnitOption(t *testing.T) {
 			if _, got, _ := strings.Cut(line, ".test"); got != tc.want || status != 0 {
 				t.Errorf("status %d: %s\ngot  %s\nwant %s", status, stderr, line, tc.want)
 			}
+			same := "Documentation=man:gitopper(8)\nExecReload=/bin/kill -HUP $MAINPID\nStateDirectoryMode=0711"
+			if !containsLines(unit, same) {
+				t.Errorf("%s\nwant in it:\n%s", unit, same)
+			}
 		})
 	}
 	if _, stderr, status := gitopper(t, "--unit", "-U", "/u", "-M", "/m"); status != 1 {

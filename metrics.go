@@ -282,6 +282,14 @@ func hardened(h http.Handler) http.Handler {
 	})
 }
 
+// alertRules are for Prometheus, dashboard is for Grafana.
+var (
+	//go:embed testdata/alerts.yml
+	alertRules string
+	//go:embed testdata/dashboard.json
+	dashboard string
+)
+
 //go:embed testdata/page.html
 var pageText string
 

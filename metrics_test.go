@@ -4,10 +4,13 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"encoding/json"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
 	"regexp"
 	"strings"
@@ -62,6 +65,93 @@ func TestMetricsPleasePromtool(t *testing.T) {
 	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
 		t.Errorf("promtool: %v: %s", err, out)
 	}
+}
+
+// Each alerting rule fires when it should, and not when it shouldn't: testdata/alerts_test.yml.
+func TestAlertsPleasePromtool(t *testing.T) {
+	if _, err := exec.LookPath("promtool"); err != nil {
+		t.Skip("promtool is not here: apt-get install prometheus")
+	}
+	rules, stderr, status := gitopper(t, "--alerts")
+	if status != 0 || stderr != "" {
+		t.Fatalf("--alerts: status %d: %s", status, stderr)
+	}
+	dir := t.TempDir()
+	tests, err := os.ReadFile("testdata/alerts_test.yml")
+	err = cmp.Or(err, os.WriteFile(dir+"/alerts.yml", []byte(rules), 0o644),
+		os.WriteFile(dir+"/alerts_test.yml", tests, 0o644))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"check", "rules", "alerts.yml"}, {"test", "rules", "alerts_test.yml"}} {
+		cmd := exec.Command("promtool", args...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("promtool %s: %v: %s", strings.Join(args, " "), err, out)
+		}
+	}
+	for _, m := range regexp.MustCompile(`alert: (\w+)`).FindAllStringSubmatch(rules, -1) {
+		fires := "alertname: " + m[1] + "\n        exp_alerts:"
+		if !strings.Contains(string(tests), fires) {
+			t.Errorf("%s has no test in which it fires", m[1])
+		}
+	}
+}
+
+// gauge is one of ours, or of the process.
+var gauge = regexp.MustCompile(`\b(gitopper|process)_[a-z_]+`)
+
+// Alerts and dashboard speak of no metric that there isn't.
+func TestMetricsOfAlertsAndDashboard(t *testing.T) {
+	var there bytes.Buffer
+	writeMetrics(&there, nil, true, time.Now())
+	board, stderr, status := gitopper(t, "--dashboard")
+	if status != 0 || stderr != "" {
+		t.Fatalf("--dashboard: status %d: %s", status, stderr)
+	}
+	for _, expr := range append(dashboardQueries(t, board), alertRules) {
+		for _, name := range gauge.FindAllString(expr, -1) {
+			if !strings.Contains(there.String(), "# TYPE "+name+" ") {
+				t.Errorf("there is no %s: %s", name, expr)
+			}
+		}
+	}
+}
+
+// dashboardQueries returns what the panels of a dashboard ask Prometheus, and fails where two panels share an
+// id or a place.
+func dashboardQueries(t *testing.T, text string) (queries []string) {
+	t.Helper()
+	var board struct {
+		Panels []struct {
+			ID      int
+			Title   string
+			GridPos struct{ X, Y, W, H int }
+			Targets []struct{ Expr string }
+		}
+	}
+	if err := json.Unmarshal([]byte(text), &board); err != nil {
+		t.Fatal(err)
+	}
+	taken := map[any]string{}
+	take := func(place any, title string) {
+		if taken[place] != "" {
+			t.Errorf("panels %q and %q share %v", taken[place], title, place)
+		}
+		taken[place] = title
+	}
+	for _, p := range board.Panels {
+		take(p.ID, p.Title)
+		for x := range p.GridPos.W {
+			for y := range p.GridPos.H {
+				take([2]int{p.GridPos.X + x, p.GridPos.Y + y}, p.Title)
+			}
+		}
+		for _, target := range p.Targets {
+			queries = append(queries, target.Expr)
+		}
+	}
+	return queries
 }
 
 func TestHTTP(t *testing.T) {

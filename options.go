@@ -23,6 +23,7 @@ const usage = `usage: gitopper [OPTION]... -c CONFIG           the daemon
        gitopper ctl [OPTION]... COMMAND...      the client; see gitopper ctl --help
        gitopper --help | --version
        gitopper --unit [OPTION]...              print a systemd unit that runs this binary with these options
+       gitopper --alerts | --dashboard          print Prometheus alerting rules; a Grafana dashboard
 
   -h, --hosts LIST      names (comma-separated, may be repeated) to answer to; the hostname is always added
   -c, --config FILE     config file, mandatory
@@ -50,14 +51,16 @@ Exit status: 0 normal end, 1 error, 2 SIGHUP seen or, with -r, a new config.
 type mode string
 
 const (
-	onceMode    mode = "once"
-	checkMode   mode = "check"
-	unitMode    mode = "unit"
-	versionMode mode = "version"
-	helpMode    mode = "help"
+	onceMode      mode = "once"
+	checkMode     mode = "check"
+	unitMode      mode = "unit"
+	alertsMode    mode = "alerts"
+	dashboardMode mode = "dashboard"
+	versionMode   mode = "version"
+	helpMode      mode = "help"
 )
 
-var modes = []mode{onceMode, checkMode, unitMode, versionMode, helpMode}
+var modes = []mode{onceMode, checkMode, unitMode, alertsMode, dashboardMode, versionMode, helpMode}
 
 // options are what the command line asks for.
 type options struct {
