@@ -312,7 +312,7 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	if c.diff, err = s.files.compare(ctx, c.want); err != nil {
 		return nil, err
 	}
-	if s.rec.Pin != nil && !s.undo {
+	if s.rec.Pin != nil && !s.rec.Pin.Undo {
 		c.edited, c.diff.edited = c.diff.edited, nil
 		stays := func(p string) bool { return slices.Contains(c.edited, p) }
 		c.diff.put = slices.DeleteFunc(c.diff.put, stays)
@@ -382,9 +382,16 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 			return err
 		}
 	}
+	if s.rec.Pin != nil {
+		s.rec.Pin.Undo = false // done
+	}
 	s.noteRan(s.files.live())
-	if err := s.serve(ctx, c.version); err != nil {
+	err := s.serve(ctx, c.version)
+	switch {
+	case errors.Is(err, errShutdown):
 		return err
+	case err != nil:
+		return brokenError{err}
 	}
 	commit, objects := s.files.live().Commit, s.up.objectsDir()
 	if before.Content != c.Content || !s.files.isDressed(commit, objects) {
@@ -402,10 +409,8 @@ func (s *Service) showLinks(content string) error {
 	isWrong := func(d dir) bool { return d.local != "" && !shows(s.files.dir, d.link, d.local) }
 	if slices.ContainsFunc(s.dirs, isWrong) {
 		s.facts.mounted = 0
-		wasTold := content != "" && s.rec.Told.Content == content && s.rec.Told.Boot == bootID()
-		if wasTold {
-			s.untell()
-			if err := s.save(); err != nil {
+		if s.rec.Told.Boot == bootID() {
+			if err := s.retell(content); err != nil {
 				return err
 			}
 		}
@@ -420,10 +425,8 @@ func (s *Service) publish(ctx context.Context, c *candidate) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	changesFiles := c.diff.changes() > 0
-	if changesFiles && s.rec.Told.Content == c.Content {
-		s.untell()
-		if err := s.save(); err != nil {
+	if c.diff.changes() > 0 {
+		if err := s.retell(c.Content); err != nil {
 			return err
 		}
 	}
@@ -459,91 +462,6 @@ func (s *Service) keepEdits(c *candidate) error {
 		count.addFloat("gitopper_service_drift_total", labels("service", s.service), float64(n))
 		paths := fmt.Sprintf(": %s; kept: %s", someOf(c.diff.edited), cmp.Or(someOf(undone), "nothing"))
 		s.event(slog.LevelWarn, "local edits undone"+quote(paths))
-	}
-	return nil
-}
-
-// serve tells the unit of what it has not seen, watches it settle, and else looks whether it is still up.
-func (s *Service) serve(ctx context.Context, v version) error {
-	now := told{v, bootID()}
-	isNews := s.rec.Told.Content != v.Content
-	if !isNews && s.rec.Told.Boot != now.Boot && s.bootedOnThese(ctx) {
-		s.rec.Told.Boot = now.Boot
-	}
-	wasTold := !isNews && s.rec.Told.Boot == now.Boot
-	switch {
-	case ctx.Err() != nil:
-		return ctx.Err()
-	case s.action == "":
-		return s.settled(now)
-	case !wasTold:
-		s.within(actionLimit + localLimit)
-		hasUnits := slices.ContainsFunc(s.dirs, func(d dir) bool { return inUnitDir(d.local) })
-		verb, err := tell(s.stop.hard, s.service, s.action, hasUnits, s.step)
-		if err != nil {
-			return brokenError{err}
-		}
-		verb = cmp.Or(verb, "none: it is down until it is triggered")
-		slog.Info(fmt.Sprintf("%s: told by %s", s.service, verb), "commit", fmt.Sprintf("%.8s", v.Commit))
-		s.rec.Told = now
-	case s.rec.Good.Content == v.Content:
-		return s.stillUp(ctx)
-	}
-
-	s.step("settle")
-	s.within(s.settle)
-	err := s.watch(ctx)
-	switch {
-	case err == nil:
-		return s.settled(now)
-	case ctx.Err() == nil:
-		s.untell() // not done before it is seen to have worked
-	}
-	return brokenError{err}
-}
-
-// bootedOnThese says whether the unit became active in this boot after the mounts were made, and so on what
-// they show.
-func (s *Service) bootedOnThese(ctx context.Context) bool {
-	if s.facts.mounted == 0 {
-		return false
-	}
-	u, err := showUnit(ctx, s.service)
-	return err == nil && u.running() && u.since > s.facts.mounted
-}
-
-// watch watches the unit settle on what it was told of.
-func (s *Service) watch(ctx context.Context) error {
-	u, err := settle(ctx, s.service, s.action, s.settle)
-	s.facts.seenAt = time.Now()
-	if err != nil || s.action == "restart" {
-		return err
-	}
-	for _, d := range s.dirs {
-		if d.local != "" && u.seesOld(d.local) {
-			return fmt.Errorf("unit has private mounts, use action = \"restart\": "+
-				"its main process does not see the new %s", d.local)
-		}
-	}
-	return nil
-}
-
-// stillUp looks whether a unit that settled is up, in what the last round saw where that is recent. After
-// trouble only what was not seen before is.
-func (s *Service) stillUp(ctx context.Context) error {
-	u := s.unit.Load()
-	hadTrouble := s.last == nil || s.last.err != nil
-	wasSeen := u == nil || u.at.Before(s.facts.seenAt) || hadTrouble && u.at.Equal(s.facts.seenAt)
-	if wasSeen {
-		now, err := showUnit(ctx, s.service)
-		if err != nil {
-			return brokenError{err}
-		}
-		u = &now
-	}
-	s.facts.seenAt = u.at
-	if !u.well(s.action) {
-		return brokenError{errors.New(u.describe())}
 	}
 	return nil
 }

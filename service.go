@@ -28,7 +28,6 @@ type Service struct {
 	rec      record
 	saved    []byte   // what is on disk of rec
 	last     *outcome // of the last pass; nil before the first, and since a rollback was asked for
-	undo     bool     // a rollback wants local edits undone, which else stay while pinned
 	packages packageCheck
 	facts    facts
 	step     func(string) // told of each step
@@ -252,18 +251,17 @@ func (s *Service) operate(ctx context.Context, o op) error {
 		return err
 	}
 	if err := s.save(); err != nil {
-		s.rec, s.last, s.undo = before, last, false
+		s.rec, s.last = before, last
 		return &opError{status: "Internal Server Error", err: err}
 	}
 	s.publishStatus()
 
-	out := s.reconcile(ctx)
-	s.conclude(ctx, out)
+	ended := s.conclude(ctx, s.reconcile(ctx))
 	switch {
 	case o.verb == "freeze":
 		return nil // what else the pass found is not of it
-	case ctx.Err() != nil:
-		return &opError{status: "Conflict", err: interrupted(ctx), done: true}
+	case ended != nil:
+		return &opError{status: "Conflict", err: ended, done: true}
 	case s.last.trouble() != nil:
 		st := s.Status()
 		err := fmt.Errorf("%s is %s: %s", s.service, st.State, oneLine(s.last.trouble().Error()))
@@ -286,7 +284,6 @@ func (s *Service) wish(ctx context.Context, o op) (lookErr, err error) {
 			return nil, &opError{status: "Conflict", err: err}
 		}
 		r.Pin = &pin{version: runs, Info: strings.TrimSuffix(o.who+": "+o.reason, ": "), Until: o.until}
-		s.undo = false
 	case "unfreeze":
 		r.Pin = nil // and edits are undone as ever
 		lookErr = s.lookNow(ctx, false)
@@ -336,11 +333,16 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 	}
 	live := s.files.live()
 	v, err := s.today(ctx, version{Commit: commit}, live)
-	ranHere := slices.Contains(s.ran(), commit)
-	if err == nil && !ranHere {
-		err = s.tryOut(ctx, v, live)
-	} else if err == nil && v.Content != live.Content {
-		_, err = s.layOut(ctx, v)
+	isNew := !slices.Contains(s.ran(), commit) // judged as upstream's newest, but that it need not descend
+	if err == nil && isNew && s.signers != "" {
+		err = s.up.verify(ctx, commit, s.signers)
+	}
+	if err == nil && v.Content != live.Content {
+		var c *candidate
+		c, err = s.layOut(ctx, v)
+		if err == nil && isNew {
+			err = s.precheck(ctx, c)
+		}
 	}
 	if errors.As(err, new(*refusal)) {
 		return &opError{status: "Not Acceptable", err: err}
@@ -350,8 +352,8 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 	}
 
 	info := rollbackInfo(commit) + o.who
-	s.rec.Pin = &pin{version: v, Info: strings.TrimSuffix(info+": "+o.reason, ": ")}
-	s.rec.Refused, s.rec.Suspect, s.last, s.undo = nil, nil, nil, true
+	s.rec.Pin = &pin{version: v, Info: strings.TrimSuffix(info+": "+o.reason, ": "), Undo: true}
+	s.rec.Refused, s.rec.Suspect, s.last = nil, nil, nil
 	return nil
 }
 
@@ -379,24 +381,6 @@ func (s *Service) named(ctx context.Context, hash string) (string, error) {
 		err = fmt.Errorf("%w; newer ones are not known: %w", err, lookErr)
 	}
 	return "", &opError{status: "Not Found", err: err}
-}
-
-// tryOut judges a commit that an operator wants and that never ran here: as upstream's newest, but that it
-// need not descend from what ran.
-func (s *Service) tryOut(ctx context.Context, v, live version) error {
-	if s.signers != "" {
-		if err := s.up.verify(ctx, v.Commit, s.signers); err != nil {
-			return err
-		}
-	}
-	if v.Content == live.Content {
-		return nil
-	}
-	c, err := s.layOut(ctx, v)
-	if err != nil {
-		return err
-	}
-	return s.precheck(ctx, c)
 }
 
 // mountFirst mounts what is on disk already, without network and without systemd, so that units ordered after
@@ -495,6 +479,9 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 			return
 		}
 		units, err := lookUnits(ctx, ids, names...)
+		if errors.Is(err, errShutdown) {
+			continue
+		}
 		for i, s := range with {
 			if err == nil {
 				s.unit.Store(&units[i])
@@ -508,24 +495,26 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 	}
 }
 
-// pass reconciles once and makes the outcome known. A pass that was ended from outside has no outcome.
-func (s *Service) pass(ctx context.Context) {
-	out := s.reconcile(ctx)
-	s.conclude(ctx, out)
-}
+// pass reconciles once and makes the outcome known.
+func (s *Service) pass(ctx context.Context) { _ = s.conclude(ctx, s.reconcile(ctx)) }
 
-func (s *Service) conclude(ctx context.Context, out outcome) {
-	wasEnded := ctx.Err() != nil
-	if !wasEnded {
-		s.last, s.undo = &out, false
+// conclude makes a pass's outcome known. One that was ended from outside, by what is returned, has none.
+func (s *Service) conclude(ctx context.Context, out outcome) (ended error) {
+	switch {
+	case ctx.Err() != nil:
+		ended = interrupted(ctx)
+	case errors.Is(out.err, errShutdown):
+		ended = out.err
+	default:
+		s.last = &out
 		s.facts.ready = s.facts.ready && out.err == nil
 		s.noteTrouble(out.err)
 		s.tally(ctx)
 	}
 	s.publishStatus()
-	err := s.save()
-	if err != nil && !wasEnded && out.err == nil {
+	if err := s.save(); err != nil && ended == nil && out.err == nil {
 		s.last.err = err
 		s.publishStatus()
 	}
+	return ended
 }

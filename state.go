@@ -58,6 +58,36 @@ type version struct{ Commit, Content string }
 type told struct {
 	version
 	Boot string
+	Left string `json:",omitempty"` // UnitFileState while it was up; then leftDown, then leftStopped
+}
+
+// A unit that two rounds find stopped was stopped by an administrator.
+const (
+	leftDown    = "down"
+	leftStopped = "stopped"
+)
+
+// note remembers how the unit is left.
+func (t *told) note(u *unit, action string) {
+	isDown := t.Left == leftDown || t.Left == leftStopped
+	switch {
+	case u.well(action):
+		if isDown || u.UnitFileState != "" { // which a list of units does not tell
+			t.Left = u.UnitFileState
+		}
+	case !u.stopped(), t.staysDown(u, action):
+	case isDown:
+		t.Left = leftStopped
+	default:
+		t.Left = leftDown
+	}
+}
+
+// staysDown says whether an administrator wants the unit down, also after the next boot: it was stopped, or
+// it is disabled now that was enabled when it was up.
+func (t *told) staysDown(u *unit, action string) bool {
+	isOff := t.Left == leftStopped || t.Left == "enabled" && u.UnitFileState == "disabled"
+	return isOff && u.stopped() && !u.well(action)
 }
 
 // pin is an operator's wish to stay at a commit.
@@ -65,6 +95,7 @@ type pin struct {
 	version
 	Info  string    // who and why
 	Until time.Time // zero: until unfreeze
+	Undo  bool      `json:",omitempty"` // a rollback is to undo local edits, which else stay while pinned
 }
 
 // refusal is why a commit does not go live, or was taken back. It is an error.
@@ -220,7 +251,7 @@ func firstRecord(data []byte) (rec record) {
 	}
 	rec.Row = row{State: old.State, Info: old.Info, Since: old.Change, OutOfSync: old.OutOfSync}
 	if old.Pin != nil {
-		rec.Pin = &pin{version{Commit: old.Pin.Commit}, old.Pin.Info, old.Pin.Until}
+		rec.Pin = &pin{version: version{Commit: old.Pin.Commit}, Info: old.Pin.Info, Until: old.Pin.Until}
 	}
 	rec.Told.Commit, rec.Good.Commit = old.Live, old.Good
 	rec.Newest = newest{digest(old.Upstream, old.Branch), old.Newest}
@@ -508,6 +539,15 @@ func (s *Service) acquitOrConvict(isGood bool, out *outcome) error {
 	case isGood:
 		out.refused = s.refuse(p.version, &p.refusal)
 	}
+	return s.save()
+}
+
+// retell has the unit told again of content that it saw. It is remembered before what it saw changes.
+func (s *Service) retell(content string) error {
+	if s.rec.Told.Content != content {
+		return nil
+	}
+	s.untell()
 	return s.save()
 }
 

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
@@ -31,6 +32,7 @@ type unit struct {
 	InvocationID, NRestarts, MainPID                              string
 	ExecMainCode, ExecMainStatus                                  string // see waitid(2); status or signal
 	Job                                                           string // number and path; empty: none
+	UnitFileState                                                 string // enabled, disabled, static and so on
 	TriggeredBy                                                   []string
 
 	triggered bool          // one of TriggeredBy is active
@@ -107,17 +109,22 @@ func listActive(ctx context.Context, patterns []string) (map[string]unit, error)
 }
 
 const shownProperties = "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload," +
-	"CanReload,InvocationID,NRestarts,MainPID,ExecMainCode,ExecMainStatus,Job,TriggeredBy," + enteredActive
+	"CanReload,InvocationID,NRestarts,MainPID,ExecMainCode,ExecMainStatus,Job,TriggeredBy,UnitFileState," +
+	enteredActive
 
 const enteredActive = "ActiveEnterTimestampMonotonic" // in microseconds
 
-// show asks systemd for units; the result is in the order of the names.
+// errShutdown is why nothing is asked of a unit, and nothing made of its being down.
+var errShutdown = errors.New("the host is shutting down")
+
+// show asks systemd for units; the result is in the order of the names. It is errShutdown while the host
+// shuts down, which may begin between two answers of systemd's, and is therefore asked for last.
 func show(ctx context.Context, names ...string) ([]unit, error) {
 	if len(names) == 0 {
 		return nil, nil
 	}
-	now := time.Now()
-	out, err := systemctl(ctx, localLimit, append([]string{"show", "-p", shownProperties, "--"}, names...)...)
+	now, args := time.Now(), slices.Concat([]string{"show", "-p", shownProperties, "--"}, names)
+	out, err := systemctl(ctx, localLimit, append(args, "shutdown.target")...)
 	if err != nil {
 		return nil, err
 	}
@@ -129,10 +136,13 @@ func show(ctx context.Context, names ...string) ([]unit, error) {
 		units = append(units, u)
 	}
 	whole := !slices.ContainsFunc(units, func(u unit) bool { return u.ID == "" })
-	if !whole || len(units) != len(names) {
+	if !whole || len(units) != len(names)+1 {
 		return nil, fmt.Errorf("systemctl show: asked for %d units, got %q", len(names), out)
 	}
-	return units, nil
+	if shutdown := units[len(names)]; shutdown.running() || shutdown.Job != "" {
+		return nil, errShutdown
+	}
+	return units[:len(names)], nil
 }
 
 // parseUnit reads what systemctl show prints of a unit.
@@ -152,8 +162,8 @@ func parseUnit(block string) unit {
 		NeedDaemonReload: p["NeedDaemonReload"], CanReload: p["CanReload"], Job: p["Job"],
 		InvocationID: p["InvocationID"], NRestarts: p["NRestarts"], MainPID: p["MainPID"],
 		ExecMainCode: p["ExecMainCode"], ExecMainStatus: p["ExecMainStatus"],
-		TriggeredBy: strings.Fields(p["TriggeredBy"]),
-		since:       time.Duration(microseconds) * time.Microsecond,
+		TriggeredBy: strings.Fields(p["TriggeredBy"]), UnitFileState: p["UnitFileState"],
+		since: time.Duration(microseconds) * time.Microsecond,
 	}
 }
 
@@ -162,6 +172,12 @@ func (u *unit) down() bool { return u.ActiveState == "inactive" || u.ActiveState
 
 // running says whether the unit is there to be told of changed files.
 func (u *unit) running() bool { return u.ActiveState == "active" || u.ActiveState == "reloading" }
+
+// stopped says whether the unit was stopped, or ended by itself, without a failure and for now.
+func (u *unit) stopped() bool {
+	isWell := u.Result == "success" && u.Job == ""
+	return u.ActiveState == "inactive" && isWell
+}
 
 // up says whether a unit runs as it should: active; or a oneshot that ended well; or waiting to be triggered.
 func (u *unit) up() bool {
@@ -252,7 +268,7 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 		}
 	}
 	if u.ActiveState == "reloading" { // an action of ours was killed, and the next would wait behind it
-		cancelJob(ctx, name)
+		_ = cancelJob(ctx, name)
 	}
 	if u.ActiveState == "failed" || u.SubState == "auto-restart" {
 		if _, err := systemctl(ctx, localLimit, "reset-failed", "--", name); err != nil {
@@ -325,7 +341,7 @@ func act(ctx context.Context, name, id, verb string) error {
 	if err != nil {
 		result = "failed"
 		err = fmt.Errorf("%w%s", err, lastWords(ctx, id, start))
-		cancelJob(ctx, name)
+		err = cmp.Or(cancelJob(ctx, name), err)
 	}
 
 	l := labels("service", name, "result", result)
@@ -335,18 +351,19 @@ func act(ctx context.Context, name, id, verb string) error {
 }
 
 // cancelJob ends what a systemctl that was ended or failed may have left running in systemd, so that the next
-// job does not wait behind it.
-func cancelJob(ctx context.Context, name string) {
+// job does not wait behind it. It is errShutdown where the job is that of the shutdown.
+func cancelJob(ctx context.Context, name string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
 
-	units, err := show(ctx, name)
-	if err != nil {
-		return
+	u, err := showUnit(ctx, name)
+	if errors.Is(err, errShutdown) {
+		return err
 	}
-	if job, _, _ := strings.Cut(units[0].Job, " "); job != "" {
+	if job, _, _ := strings.Cut(u.Job, " "); job != "" {
 		_, _ = systemctl(ctx, localLimit, "cancel", job)
 	}
+	return nil
 }
 
 // lastWords returns what the unit's processes last said to the journal since start (in whole seconds),

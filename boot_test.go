@@ -1,0 +1,175 @@
+//go:build linux
+
+package main
+
+import (
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// reboot gives the host a new boot id in effect: the unit was told in another one, and no mount is there.
+func (w *world) reboot() {
+	w.t.Helper()
+	w.editRecord(func(r *record) { r.Told.Boot = "another" })
+	for _, d := range w.spec.dirs {
+		_ = syscall.Unmount(d.local, syscall.MNT_DETACH)
+	}
+	w.boot()
+}
+
+// unit makes the fake systemd's unit what it says: a state, then properties.
+func (w *world) unit(text string) {
+	w.t.Helper()
+	w.write("fake/"+w.spec.service, text)
+}
+
+// TestBootAdministratorsWish: a unit that an administrator had stopped stays down after a boot, and is reported; what else
+// was down, or was up, is started.
+func TestBootAdministratorsWish(t *testing.T) {
+	const up, down = "active\nUnitFileState=", "inactive\nUnitFileState="
+	for _, tc := range []struct {
+		name   string
+		before []string // what rounds before the boot see
+		after  string   // the boot
+		stays  bool
+	}{
+		{"stopped", []string{down + "disabled", down + "disabled"}, down + "disabled", true},
+		{"stopped long ago", slices.Repeat([]string{down + "disabled"}, 4), down + "disabled", true},
+		{"stopped and left enabled", []string{down + "enabled", down + "enabled"}, down + "enabled", true},
+		{"seen down once", []string{down + "disabled"}, down + "disabled", false},
+		{"up, and nobody's to start", []string{up + "disabled"}, down + "disabled", false},
+		{"disabled right before", []string{up + "enabled"}, down + "disabled", true},
+		{"disabled, seen down once", []string{up + "enabled", down + "disabled"}, down + "disabled", true},
+		{"disabled, seen down", []string{up + "enabled", down + "disabled", down + "disabled"}, down + "disabled", true},
+		{"enabled, not started", []string{up + "enabled"}, down + "enabled", false},
+		{"crashed", []string{"failed", "failed\nResult=exit-code"}, down + "disabled", false},
+		{"about to restart", []string{"activating\nSubState=auto-restart", "activating\nSubState=auto-restart"},
+			down + "disabled", false},
+		{"on its way", []string{down + "disabled\nJob=7 /7", down + "disabled\nJob=7 /7"}, down + "disabled", false},
+		{"stopped, then up", []string{down + "disabled", down + "disabled", up + "disabled"}, down + "disabled", false},
+		{"stopped, and starting", []string{down + "disabled", down + "disabled"}, down + "disabled\nJob=7 /7", false},
+		{"stopped, and failed", []string{down + "disabled", down + "disabled"}, "failed\nResult=exit-code", false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := okWorld(t)
+			for _, text := range tc.before {
+				w.unit(text)
+				w.reconcile()
+			}
+			w.calls()
+			w.unit(tc.after)
+			w.reboot()
+			w.reconcile()
+			if !tc.stays {
+				if calls := w.calls(); !strings.HasSuffix(calls, "start") || w.s.Status().State != "OK" {
+					t.Errorf("calls: %s, %+v", calls, *w.s.Status())
+				}
+				return
+			}
+			const told = "svc.service stays down, for an administrator had stopped it before the boot: " +
+				"start it, or do pull"
+			w.want("BROKEN", told, "one\n", "")
+			w.reconcile()
+			w.reboot()
+			w.reconcile()
+			w.want("BROKEN", told, "one\n", "")
+			if err := w.op("pull", ""); err != nil {
+				t.Error(err)
+			}
+			w.want("OK", "", "one\n", "start")
+			w.reboot()
+			w.unit(down + "disabled")
+			w.reconcile()
+			w.want("OK", "", "one\n", "start")
+		})
+	}
+}
+
+// TestBootStoppedIsNoTrial: a commit that comes later brings the unit up, as ever, and one that was just told when the power
+// went has not failed.
+func TestBootStoppedIsNoTrial(t *testing.T) {
+	w := okWorld(t)
+	w.unit("inactive")
+	w.reconcile()
+	w.reconcile()
+	w.commit("etc/app.conf", "two\n")
+	w.reboot()
+	w.killAt("settle", 1)
+	w.calls()
+	w.unit("inactive")
+	w.reboot()
+	w.reconcile()
+	w.want("OK", "", "two\n", "start")
+}
+
+// TestShutdownJudgesNothing: while the host shuts down a unit that is down is no trouble, and a commit whose action can't be
+// done is not to blame.
+func TestShutdownJudgesNothing(t *testing.T) {
+	w := okWorld(t)
+	w.write("fake/shutdown.target", "inactive\nJob=1 /1")
+	w.unit("inactive\nUnitFileState=disabled")
+	for range 3 {
+		w.reconcile()
+		w.want("OK", "", "one\n", "")
+	}
+	w.commit("etc/app.conf", "two\n")
+	w.reconcile()
+	w.want("OK", "", "two\n", "")
+	if err := w.op("rollback", w.head()); err == nil || !strings.Contains(err.Error(), "the host is shutting down") {
+		t.Errorf("rollback: %v", err)
+	}
+	if err := w.op("unfreeze", ""); err == nil || !strings.Contains(err.Error(), "the host is shutting down") {
+		t.Errorf("unfreeze: %v", err)
+	}
+
+	w.unit("inactive\nUnitFileState=disabled")
+	w.write("fake/shutdown.target", "inactive")
+	w.reboot()
+	w.reconcile()
+	w.want("OK", "", "two\n", "start")
+}
+
+// TestShutdownDuringAction: an action that the shutdown cancels takes no commit back, and cancels no job of the shutdown's.
+func TestShutdownDuringAction(t *testing.T) {
+	w := okWorld(t)
+	w.commit("etc/app.conf", "two\n")
+	w.write("fake/fail-reload", "")
+	w.s.step = func(name string) {
+		if name == "reload" {
+			w.write("fake/shutdown.target", "inactive\nJob=1 /1")
+			w.unit("active\nJob=2 /2")
+		}
+	}
+	w.reconcile()
+	w.want("OK", "", "two\n", "reload")
+}
+
+// TestRollbackUndoesEditsDespiteTrouble: also when its first pass fails, and we are started anew.
+func TestRollbackUndoesEditsDespiteTrouble(t *testing.T) {
+	w := okWorld(t)
+	first := w.head()
+	w.commit("one.conf", "another\n")
+	w.reconcile()
+	w.write("local/etc/app.conf", "edited\n")
+	o := op{verb: "rollback", hash: first, who: "me", step: func(name string) {
+		if name == "publish" {
+			w.recordsGo()
+		}
+	}}
+	if err := w.s.operate(t.Context(), o); err == nil {
+		t.Error("the rollback has no trouble")
+	}
+	w.shows("local/etc/app.conf", "edited\n")
+	w.recordsCome()
+	w.restart()
+	w.reconcile()
+	w.shows("local/etc/app.conf", "one\n")
+	w.kept("etc/app.conf", "edited\n")
+
+	// From then on they stay, as ever while pinned.
+	w.write("local/etc/app.conf", "emergency\n")
+	w.reconcile()
+	w.shows("local/etc/app.conf", "emergency\n")
+}

@@ -1,0 +1,109 @@
+//go:build linux
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"time"
+)
+
+// serve tells the unit of what it has not seen, watches it settle, and else looks whether it is still up.
+func (s *Service) serve(ctx context.Context, v version) error {
+	now := told{version: v, Boot: bootID()}
+	isTold := s.rec.Told.Content == v.Content
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case s.action == "":
+		return s.settled(now)
+	case isTold && s.rec.Told.Boot != now.Boot:
+		var err error
+		if isTold, err = s.toldByBoot(ctx); err != nil {
+			return err
+		}
+	}
+	switch {
+	case !isTold:
+		s.within(actionLimit + localLimit)
+		hasUnits := slices.ContainsFunc(s.dirs, func(d dir) bool { return inUnitDir(d.local) })
+		verb, err := tell(s.stop.hard, s.service, s.action, hasUnits, s.step)
+		if err != nil {
+			return err
+		}
+		verb = cmp.Or(verb, "none: it is down until it is triggered")
+		slog.Info(fmt.Sprintf("%s: told by %s", s.service, verb), "commit", fmt.Sprintf("%.8s", v.Commit))
+		s.rec.Told = now
+	case s.rec.Good.Content == v.Content:
+		return s.stillUp(ctx)
+	}
+
+	s.step("settle")
+	s.within(s.settle)
+	err := s.watch(ctx)
+	switch {
+	case err == nil:
+		return s.settled(now)
+	case ctx.Err() == nil:
+		s.untell() // not done before it is seen to have worked
+	}
+	return err
+}
+
+// toldByBoot says whether the unit became active in this boot after the mounts were made, and so on what they
+// show. It is an error if an administrator had stopped it before.
+func (s *Service) toldByBoot(ctx context.Context) (bool, error) {
+	u, err := showUnit(ctx, s.service)
+	switch {
+	case err != nil:
+		return false, err
+	case s.rec.Told.staysDown(&u, s.action):
+		return false, fmt.Errorf("%s stays down, for an administrator had stopped it before the boot: "+
+			"start it, or do pull", u.ID)
+	case s.facts.mounted == 0, !u.running(), u.since <= s.facts.mounted:
+		return false, nil
+	}
+	s.rec.Told.Boot = bootID()
+	return true, nil
+}
+
+// watch watches the unit settle on what it was told of.
+func (s *Service) watch(ctx context.Context) error {
+	u, err := settle(ctx, s.service, s.action, s.settle)
+	s.facts.seenAt, s.rec.Told.Left = time.Now(), u.UnitFileState
+	if err != nil || s.action == "restart" {
+		return err
+	}
+	for _, d := range s.dirs {
+		if d.local != "" && u.seesOld(d.local) {
+			return fmt.Errorf("unit has private mounts, use action = \"restart\": "+
+				"its main process does not see the new %s", d.local)
+		}
+	}
+	return nil
+}
+
+// stillUp looks whether a unit that settled is up, in what the last round saw where that is recent. After
+// trouble only what was not seen before is.
+func (s *Service) stillUp(ctx context.Context) error {
+	u := s.unit.Load()
+	hadTrouble := s.last == nil || s.last.err != nil
+	wasSeen := u == nil || u.at.Before(s.facts.seenAt) || hadTrouble && u.at.Equal(s.facts.seenAt)
+	if wasSeen {
+		now, err := showUnit(ctx, s.service)
+		if err != nil {
+			return err
+		}
+		u = &now
+	}
+	s.facts.seenAt = u.at
+	s.rec.Told.note(u, s.action)
+	if !u.well(s.action) {
+		return errors.New(u.describe())
+	}
+	return nil
+}
