@@ -3,13 +3,21 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
+	"unicode"
 
 	"gitopper/ctl"
 )
@@ -19,6 +27,10 @@ const (
 	ranKept     = 50
 	waitingMax  = 10_000
 	waitingTold = 50
+	diffLimit   = 25 * time.Second
+	diffRead    = 32 << 20  // bytes of the files that differ
+	diffTold    = 512 << 10 // bytes
+	editsTold   = 100
 )
 
 // ran is a version that went live here: when, by whom or what, and what came of it, in which words of a
@@ -31,9 +43,9 @@ type ran struct {
 }
 
 // ran returns the commits that went live here.
-func (s *Service) ran() (commits []string) {
-	for _, r := range s.rec.Ran {
-		commits = append(commits, r.Commit)
+func (r *record) ran() (commits []string) {
+	for _, v := range r.Ran {
+		commits = append(commits, v.Commit)
 	}
 	return commits
 }
@@ -166,4 +178,182 @@ func (u *upstream) between(ctx context.Context, from, to string, dirs []dir) (
 		})
 	}
 	return list, n, nil
+}
+
+// preview shows what a commit, upstream's newest where none is named, would change of what runs, and names the
+// local edits that are kept. Everybody may call it; it takes 25 s at most.
+func (s *Service) preview(ctx context.Context, hash string) (string, error) {
+	limited, cancel := context.WithTimeout(ctx, diffLimit)
+	defer cancel()
+	to, err := s.up.looked(s.branch).tip, error(nil)
+	if hash != "" {
+		rec, _, _ := readRecord(recordFile(s.stateDir, s.service)) // without one nothing ran
+		to, err = s.find(limited, hash, rec.ran())
+	}
+	if err == nil && to == "" {
+		err = &opError{status: "Conflict", err: errors.New("upstream's newest commit is not known yet")}
+	}
+	var text []byte
+	if err == nil {
+		text, err = s.up.diff(limited, s.Status().Commit, to, s.dirs)
+	}
+	switch {
+	case errors.As(err, new(*refusal)):
+		err = &opError{status: "Not Acceptable", err: err}
+	case err != nil && limited.Err() != nil:
+		err = fmt.Errorf("it takes longer than %v, try again: upstream, or another fetch, is slow", diffLimit)
+	}
+	return escaped(text, diffTold) + keptEdits(s.files.dir), err
+}
+
+// diff compares what dirs link to in two commits, of which one may be none, as git diff does. Root's own git
+// does that, with contents that root read by their ids, in a directory of root's: what is shown is what the
+// ids name, whatever the clone's user or attributes in the repository want to be seen.
+func (u *upstream) diff(ctx context.Context, from, to string, dirs []dir) (text []byte, err error) {
+	var sides [2]tree
+	for i, commit := range []string{from, to} {
+		if commit == "" {
+			continue
+		}
+		if sides[i], err = u.tree(ctx, commit, dirs); err != nil {
+			return nil, err
+		}
+	}
+	differ := tree{}
+	for i, side := range []string{"a/", "b/"} {
+		for p, b := range sides[i] {
+			if sides[1-i][p] != b {
+				differ[side+p] = b
+			}
+		}
+	}
+	if err := u.fetchMissing(ctx, differ); err != nil {
+		return nil, err
+	}
+
+	work, err := os.MkdirTemp("", "gitopper")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(work)
+	err = errors.Join(os.Mkdir(work+"/a", 0o700), os.Mkdir(work+"/b", 0o700))
+	if err == nil {
+		err = u.layBare(ctx, work, differ)
+	}
+	if err != nil {
+		return nil, err
+	}
+	cmd := gitCommand(account{uid: os.Getuid(), home: "/"}, "", nil,
+		"diff", "--no-index", "--no-prefix", "--no-color", "--no-ext-diff", "--no-textconv", "a", "b")
+	cmd.Dir = work
+	text, err = runGit(ctx, "diff", cmd, diffLimit)
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() == 1 {
+		err = nil // they differ
+	}
+	return text, err
+}
+
+// layBare writes the files and symbolic links of a tree below a directory.
+func (u *upstream) layBare(ctx context.Context, work string, t tree) error {
+	o, err := u.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer o.close()
+	o.left = diffRead
+	for _, p := range slices.Sorted(maps.Keys(t)) {
+		at, b := filepath.Join(work, p), t[p]
+		if b.mode == "160000" {
+			continue // an empty directory, whatever its commit
+		}
+		var content bytes.Buffer
+		_, err := o.blob(b.id, &content)
+		if errors.As(err, new(*refusal)) {
+			err = fmt.Errorf("%d MiB at most are shown: %w", diffRead>>20, err)
+		}
+		if err == nil {
+			err = os.MkdirAll(filepath.Dir(at), 0o700)
+		}
+		switch {
+		case err != nil:
+		case b.mode == "120000":
+			err = os.Symlink(content.String(), at)
+		case b.mode == "100755":
+			err = os.WriteFile(at, content.Bytes(), 0o700)
+		default:
+			err = os.WriteFile(at, content.Bytes(), 0o600)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// escaped returns a text, less what is too much of it, with all that could steer a terminal or mislead its
+// reader as Go writes it in a literal.
+func escaped(text []byte, limit int) string {
+	var b strings.Builder
+	for line := range bytes.Lines(text) {
+		if b.Len()+len(line) > limit {
+			fmt.Fprintf(&b, "# ... and more: %d bytes in all\n", len(text))
+			break
+		}
+		for _, r := range string(line) {
+			isPlain := r == '\n' || r == '\t' || unicode.IsPrint(r)
+			if isPlain {
+				b.WriteRune(r)
+			} else {
+				b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
+			}
+		}
+	}
+	return b.String()
+}
+
+// keptEdits tells, a line each, of the local edits that are kept in a service's directory. What came out in a
+// directory of others' is one edit, and is not looked into.
+func keptEdits(dir string) string {
+	top, err := openOwn(dir)
+	if err != nil {
+		return "" // nothing is laid out yet
+	}
+	defer top.close()
+	edits, err := top.below(editsDir)
+	if err != nil {
+		return ""
+	}
+	defer edits.close()
+
+	var b strings.Builder
+	n := 0
+	edits.each("", func(p string, size int64) {
+		if n++; n <= editsTold {
+			fmt.Fprintf(&b, "# kept: %s, %d bytes\n", printable(filepath.Join(dir, editsDir, p), 5000), size)
+		}
+	})
+	if n > editsTold {
+		fmt.Fprintf(&b, "# and %d more\n", n-editsTold)
+	}
+	return b.String()
+}
+
+// each tells of what lies in a directory, and in those of root's alone below it.
+func (p place) each(at string, tell func(p string, size int64)) {
+	names, _ := p.names(maxEntries)
+	slices.Sort(names)
+	for _, name := range names {
+		below, err := placeAt(p.fd, name)
+		if err != nil {
+			continue // it is gone
+		}
+		st, _ := below.stat()
+		isOurs := below.kind() == syscall.S_IFDIR && below.rootsAlone()
+		if isOurs && strings.Count(at, "/") < treeDepth {
+			below.each(path.Join(at, name), tell)
+		} else {
+			tell(path.Join(at, name), st.Size)
+		}
+		below.close()
+	}
 }

@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"path/filepath"
 	"reflect"
 	"strconv"
 	"strings"
@@ -229,5 +230,140 @@ func TestPendingMany(t *testing.T) {
 	log := w.log(false)
 	if n := w.s.Status().Pending; n != 3000 || len(log.Pending) != 50 || log.More != 2950 {
 		t.Errorf("%d pending, %d told, %d more", n, len(log.Pending), log.More)
+	}
+}
+
+// TestDiff: what a commit would change is shown as git diff shows it, of the service's links alone, whatever
+// the repository says of that, and so that it can't steer a terminal.
+func TestDiff(t *testing.T) {
+	w := okWorld(t)
+	t.Setenv("TMPDIR", w.dir+"/tmp")
+	w.write("tmp/mine", "")
+	first := w.head()
+	if err := w.op("freeze", ""); err != nil {
+		t.Fatal(err)
+	}
+	w.write("work/etc/.gitattributes", "* -diff\n*.conf diff=html\n")
+	w.write("work/etc/big", strings.Repeat("0123456789\n", 20_000)) // not fetched along
+	w.write("work/etc/sub/tool", "#!/bin/sh\n")
+	w.run("chmod", "+x", w.work+"/etc/sub/tool")
+	w.run("ln", "-s", "../../outside", w.work+"/etc/link")
+	w.write("work/etc/a \"b\"\n", "odd\n")
+	w.run("rm", w.work+"/etc/sub/deep")
+	w.commit("etc/app.conf", "two \x1b[31mred\u202e\xff\r\n", "other/file", "elsewhere\n")
+	w.reconcile()
+
+	got, err := w.s.preview(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"diff --git a/etc/app.conf b/etc/app.conf\nindex ", "\n-one\n+two \\x1b[31mred\\u202e\ufffd\\r\n",
+		"new file mode 100755", "+#!/bin/sh\n", "new file mode 120000", "+../../outside\n",
+		`"b/etc/a \"b\"\n"`, "deleted file mode 100644", "-deep\n", "+0123456789\n", "++* -diff\n"[1:],
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q", want)
+		}
+	}
+	if strings.Contains(got, "elsewhere") || strings.ContainsAny(got, "\x1b\r") || strings.Contains(got, "Binary") {
+		t.Errorf("%.3000s", got)
+	}
+	if t.Failed() {
+		t.Logf("%.3000s", got)
+	}
+
+	// Of what runs itself there is nothing to show, by whatever name.
+	for _, hash := range []string{first, first[:5]} {
+		if got, err := w.s.preview(t.Context(), hash); got != "" || err != nil {
+			t.Errorf("%s: %q %v", hash, got, err)
+		}
+	}
+	_, err = w.s.preview(t.Context(), "abcdef0123")
+	wantStatus(t, err, "Not Found", false)
+	w.shows("local/etc/app.conf", "one\n")
+	if left, _ := filepath.Glob(w.dir + "/tmp/*"); len(left) > 1 {
+		t.Errorf("left behind: %q", left)
+	}
+}
+
+// TestDiffBounds: of very much the beginning is told, and of too much nothing.
+func TestDiffBounds(t *testing.T) {
+	w := okWorld(t)
+	if err := w.op("freeze", ""); err != nil {
+		t.Fatal(err)
+	}
+	w.commit("etc/app.conf", strings.Repeat("0123456789\n", 100_000))
+	w.reconcile()
+	got, err := w.s.preview(t.Context(), "")
+	if n := len(got); err != nil || n > diffTold+100 || !strings.HasSuffix(got, " bytes in all\n") {
+		t.Errorf("%d bytes, %v: ...%q", n, err, got[max(0, n-100):])
+	}
+	w.commit("etc/app.conf", strings.Repeat("x", diffRead+1))
+	w.reconcile()
+	if got, err := w.s.preview(t.Context(), ""); err == nil || !strings.Contains(err.Error(), "32 MiB at most") {
+		t.Errorf("%.100q %v", got, err)
+	}
+	w.commit("etc", "")
+	w.reconcile()
+	_, err = w.s.preview(t.Context(), "")
+	wantStatus(t, err, "Not Acceptable", false)
+}
+
+// TestDiffEdits: edits that were kept are named with their sizes, and what is the user's is not looked into.
+func TestDiffEdits(t *testing.T) {
+	w := okWorld(t)
+	w.write("local/etc/app.conf", "edited\x1b[31m\n")
+	w.reconcile()
+	w.write("local/etc/own/of/theirs", "beside\n")
+	w.run("chown", "-R", "nobody", w.s.files.dir+"/etc/own")
+	w.commit("etc/own", "a file in its place\n")
+	w.reconcile()
+	got, err := w.s.preview(t.Context(), "")
+	lines := strings.Split(strings.TrimSpace(got), "\n")
+	if err != nil || len(lines) != 2 || !strings.HasSuffix(lines[0], "/etc/app.conf, 12 bytes") ||
+		!strings.Contains(lines[1], "/etc/own/of, ") || !strings.HasPrefix(lines[0], "# kept: "+w.s.files.dir+"/"+editsDir) {
+		t.Errorf("%q %v", got, err)
+	}
+
+	dir := w.s.files.dir + "/" + editsDir + "/0003-20260101T000000Z"
+	for i := range 300 {
+		w.write(strings.TrimPrefix(dir, w.dir+"/")+fmt.Sprintf("/etc/\x1b%d", i), "")
+	}
+	got, _ = w.s.preview(t.Context(), "")
+	if strings.Contains(got, "\x1b") || !strings.HasSuffix(got, "\n# and 202 more\n") || strings.Count(got, "\n") != 101 {
+		t.Errorf("%s", got)
+	}
+}
+
+// TestDiffOverSSH: as text, for keys that may write.
+func TestDiffOverSSH(t *testing.T) {
+	w := okWorld(t)
+	if err := w.op("freeze", ""); err != nil {
+		t.Fatal(err)
+	}
+	hash := w.commit("etc/app.conf", "two\n")
+	w.reconcile()
+	f := newSSHFixture(t, func(f *sshFixture) { f.services = append(f.services, w.s) })
+	for _, command := range []string{"/list/diff svc.service", "/list/diff svc.service " + strings.ToUpper(hash)} {
+		out, errs, status := f.ask(f.client(f.rw), command)
+		if status != 0 || errs != "" || !strings.HasSuffix(out, "@@ -1 +1 @@\n-one\n+two\n") {
+			t.Errorf("%d %q %q", status, out, errs)
+		}
+	}
+	for command, want := range map[string]string{
+		"/list/diff svc.service xyz1": "Bad Request: hash \"xyz1\": want 4 to 64 hex digits\n",
+		"/list/diff nope":             "Not Found: no service \"nope\" on here.example.org\n",
+		"/list/diff":                  "Bad Request: usage: /list/diff SERVICE [HASH]\n",
+		"/list/log":                   "Bad Request: usage: /list/log SERVICE\n",
+		"/list/log nope":              "Not Found: no service \"nope\" on here.example.org\n",
+	} {
+		if out, errs, status := f.ask(f.client(f.rw), command); status != 1 || out != "" || errs != want {
+			t.Errorf("%s: %d %q %q", command, status, out, errs)
+		}
+	}
+	out, errs, status := f.ask(f.client(f.ro), "/list/log svc.service")
+	if status != 0 || errs != "" || !strings.Contains(out, `"pending":[{"hash":"`+hash) {
+		t.Errorf("%d %q %q", status, out, errs)
 	}
 }

@@ -333,7 +333,7 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 	}
 	live := s.files.live()
 	v, err := s.today(ctx, version{Commit: commit}, live)
-	isNew := !slices.Contains(s.ran(), commit) // judged as upstream's newest, but that it need not descend
+	isNew := !slices.Contains(s.rec.ran(), commit) // judged as upstream's newest, but that it need not descend
 	if err == nil && isNew && s.signers != "" {
 		err = s.up.verify(ctx, commit, s.signers)
 	}
@@ -359,28 +359,38 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 
 // named returns the commit that an operator's hash names, or an *opError.
 func (s *Service) named(ctx context.Context, hash string) (string, error) {
-	var lookErr error
 	s.within(fetchLimit)
-	commits, err := s.up.find(ctx, s.branch, hash, s.ran())
-	if len(commits) == 0 && ctx.Err() == nil { // it may be newer than our last look
-		lookErr = s.lookNow(ctx, false)
-		s.within(fetchLimit)
-		commits, err = s.up.find(ctx, s.branch, hash, s.ran())
+	commit, err := s.find(ctx, hash, s.rec.ran())
+	oe, _ := errors.AsType[*opError](err)
+	isUnknown := oe != nil && oe.status == "Not Found"
+	if !isUnknown || ctx.Err() != nil {
+		return commit, err
 	}
+
+	lookErr := s.lookNow(ctx, false) // it may be newer than our last look
+	s.within(fetchLimit)
+	commit, err = s.find(ctx, hash, s.rec.ran())
+	if err != nil && lookErr != nil {
+		err = fmt.Errorf("%w; newer ones are not known: %w", err, lookErr)
+	}
+	return commit, err
+}
+
+// find returns the commit that a hash names among those that ran here and in the history that is known of the
+// branch, or an *opError. Everybody may call it.
+func (s *Service) find(ctx context.Context, hash string, ran []string) (string, error) {
+	commits, err := s.up.find(ctx, s.branch, hash, ran)
 	switch {
 	case err != nil:
 		return "", &opError{status: "Internal Server Error", err: err}
-	case len(commits) == 1:
-		return commits[0], nil
+	case len(commits) == 0:
+		err = fmt.Errorf("no such commit: %s is not in the history of %s, nor did it run here", hash, s.branch)
+		return "", &opError{status: "Not Found", err: err}
 	case len(commits) > 1:
 		err = fmt.Errorf("more than one commit begins with %s, give more digits: %s", hash, someOf(commits))
 		return "", &opError{status: "Bad Request", err: err}
 	}
-	err = fmt.Errorf("no such commit: %s is not in the history of %s, nor did it run here", hash, s.branch)
-	if lookErr != nil {
-		err = fmt.Errorf("%w; newer ones are not known: %w", err, lookErr)
-	}
-	return "", &opError{status: "Not Found", err: err}
+	return commits[0], nil
 }
 
 // mountFirst mounts what is on disk already, without network and without systemd, so that units ordered after

@@ -829,7 +829,7 @@ func TestServiceRanDespiteKill(t *testing.T) {
 
 	w.restart()
 	w.reconcile()
-	if !slices.Contains(w.s.ran(), commit) || w.s.rec.Newest.Commit != commit {
-		t.Errorf("ran: %v, newest: %v, want %s", w.s.ran(), w.s.rec.Newest, commit)
+	if !slices.Contains(w.s.rec.ran(), commit) || w.s.rec.Newest.Commit != commit {
+		t.Errorf("ran: %v, newest: %v, want %s", w.s.rec.ran(), w.s.rec.Newest, commit)
 	}
 }

@@ -39,6 +39,7 @@ func sshRoutes() []route {
 		{"/list/machine", true, 0, 0, "", (*sshServer).listMachines},
 		{"/list/service", true, 0, 1, "[SERVICE]", (*sshServer).listServices},
 		{"/list/log", true, 1, 1, "SERVICE", (*sshServer).listLog},
+		{"/list/diff", false, 1, 2, "SERVICE [HASH]", (*sshServer).listDiff},
 		{"/do/freeze", false, 1, maxRequest, "SERVICE [DURATION] [REASON...]", (*sshServer).change},
 		{"/do/unfreeze", false, 1, 1, "SERVICE", (*sshServer).change},
 		{"/do/rollback", false, 2, maxRequest, "SERVICE HASH [REASON...]", (*sshServer).change},
@@ -133,7 +134,9 @@ func (s *sshServer) exec(ctx context.Context, c *sshConn, ch ssh.Channel, payloa
 	defer time.AfterFunc(s.answer, func() { c.Close() }).Stop()
 	close(lines) // there are no steps after the answer
 	<-shown
-	if answer != nil {
+	if text, ok := answer.(string); ok {
+		_, _ = io.WriteString(ch, text)
+	} else if answer != nil {
 		enc := json.NewEncoder(ch)
 		enc.SetEscapeHTML(false)
 		_ = enc.Encode(answer)
@@ -280,6 +283,22 @@ func (s *sshServer) listLog(_ context.Context, c *sshConn, words []string, _ fun
 	return answer, nil
 }
 
+// listDiff shows what a commit would change. Contents may be secret: it is for keys that may write.
+func (s *sshServer) listDiff(ctx context.Context, _ *sshConn, words []string, _ func(string)) (any, error) {
+	svc, err := s.service(words[1])
+	if err != nil {
+		return nil, err
+	}
+	hash := ""
+	if len(words) > 2 {
+		if hash, err = parseHash(words[2]); err != nil {
+			return nil, err
+		}
+	}
+	text, err := svc.preview(ctx, hash)
+	return text, err
+}
+
 // date is a time as answers have it, empty where it is not known.
 func date(t time.Time) string {
 	if t.IsZero() {
@@ -334,10 +353,11 @@ func parseOp(words []string, now time.Time) (op, error) {
 	o, rest := op{verb: strings.TrimPrefix(words[0], "/do/")}, words[2:]
 	switch {
 	case o.verb == "rollback":
-		o.hash, rest = strings.ToLower(rest[0]), rest[1:]
-		if len(o.hash) < 4 || len(o.hash) > 64 || strings.Trim(o.hash, "0123456789abcdef") != "" {
-			return o, sshError("Bad Request", "hash %q: want 4 to 64 hex digits", words[2])
+		hash, err := parseHash(rest[0])
+		if err != nil {
+			return o, err
 		}
+		o.hash, rest = hash, rest[1:]
 
 	// A number first is meant as a duration, even if it is none: a typing error must not freeze for ever.
 	case len(rest) > 0 && strings.IndexAny(strings.TrimLeft(rest[0], "+-."), "0123456789") == 0:
@@ -360,6 +380,14 @@ func parseOp(words []string, now time.Time) (op, error) {
 			"reason otherwise", first)
 	}
 	return o, nil
+}
+
+func parseHash(word string) (string, error) {
+	hash := strings.ToLower(word)
+	if len(hash) < 4 || len(hash) > 64 || strings.Trim(hash, "0123456789abcdef") != "" {
+		return "", sshError("Bad Request", "hash %q: want 4 to 64 hex digits", word)
+	}
+	return hash, nil
 }
 
 // parseDuration reads 90m, 1h30m or 2d: time.ParseDuration knows no days, and more than we offer.

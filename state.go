@@ -504,7 +504,7 @@ func (s *Service) settled(now told) error {
 		s.rec.Good = now.version
 		isGood := func(f refusal) bool { return f.Content == now.Content }
 		s.rec.Refused = slices.DeleteFunc(s.rec.Refused, isGood)
-		if err := s.up.keep(s.service, s.ran()); err != nil {
+		if err := s.up.keep(s.service, s.rec.ran()); err != nil {
 			slog.Warn(fmt.Sprintf("%s: %v", s.service, err))
 		}
 	}
