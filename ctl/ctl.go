@@ -1,12 +1,13 @@
 // Package ctl is gitopper's client: it sends a command to the SSH interface of any number of hosts
 // and shows what they answer. It also holds the types of those answers, which the server shares.
 //
-// Reading order: Main, client.askAll, client.ask (dial.go), knownHosts.verify (keys.go), show (show.go).
+// Reading order: Main, client.each, client.ask (dial.go), knownHosts.verify (keys.go), show (show.go).
 package ctl
 
 import (
 	"cmp"
 	"context"
+	_ "embed"
 	"errors"
 	"flag"
 	"fmt"
@@ -26,7 +27,6 @@ import (
 
 const (
 	anyNumber = math.MaxInt
-	parallel  = 32               // hosts that are asked at the same time
 	listLimit = 30 * time.Second // a list never waits for anything
 	doLimit   = time.Hour        // longer than an install, 30 minutes, and what stands before it in line
 )
@@ -38,63 +38,36 @@ type command struct {
 	args       string // what the words are, for the usage
 	min, max   int    // how many words there may be
 	limit      time.Duration
-	about      string
+	answer     view
 }
 
 var commands = []command{
-	{"list ls l", "machines machine m", "/list/machine", "@HOST...", 0, 0, listLimit,
-		"every machine of the host's config, and the name of the host that answers"},
-	{"list ls l", "service services s", "/list/service", "@HOST... [SERVICE]", 0, 1, listLimit,
-		"what runs: commit, state, why, and since when"},
-	{"do d", "freeze f", "/do/freeze", "@HOST... SERVICE [DURATION] [REASON...]", 1, anyNumber, doLimit,
-		"stay at the commit that runs now, for DURATION (30m, 1h30m, 2d, 1w) or until unfreeze"},
-	{"do d", "unfreeze u", "/do/unfreeze", "@HOST... SERVICE", 1, 1, doLimit,
-		"track upstream again, at once"},
+	{"list ls l", "machines machine m", "/list/machine", "@HOST...", 0, 0, listLimit, machineView},
+	{"list ls l", "service services s", "/list/service", "@HOST... [SERVICE]", 0, 1, listLimit, serviceView},
+	{"list ls l", "log", "/list/log", "@HOST... SERVICE", 1, 1, listLimit, logView},
+	{"list ls l", "diff", "/list/diff", "@HOST... SERVICE [HASH]", 1, 2, listLimit, textView},
+	{"do d", "freeze f", "/do/freeze", "@HOST... SERVICE|-a [DURATION] [REASON...]", 1, anyNumber, doLimit,
+		serviceView},
+	{"do d", "unfreeze u", "/do/unfreeze", "@HOST... SERVICE|-a", 1, 1, doLimit, serviceView},
 	{"do d", "rollback r", "/do/rollback", "@HOST... SERVICE HASH [REASON...]", 2, anyNumber, doLimit,
-		"go back to commit HASH (4 to 64 digits), at once, and stay there until unfreeze"},
-	{"do d", "pull p", "/do/pull", "@HOST... SERVICE", 1, 1, doLimit,
-		"look at upstream now, and try what was refused"},
+		serviceView},
+	{"do d", "pull p", "/do/pull", "@HOST... SERVICE|-a", 1, 1, doLimit, serviceView},
 }
 
-const hdrArgs = "[-p PREFIX] [-l en|nl] FILE"
+const hdrUsage = "usage: gitopper ctl hdr [-p PREFIX] [-l en|nl] FILE\n"
 
-const helpTail = `
-options, anywhere on the line:
-  -i KEY      private key to log in with, or a public one whose private half ssh-agent holds; may be
-              repeated; default: ssh-agent, then ~/.ssh/id_ed25519, id_ecdsa and id_rsa
-  -p PORT     port of the hosts that name none (2222); for hdr: what starts a comment ('#')
-  -k FILE     known_hosts file (~/.ssh/known_hosts; /etc/ssh/ssh_known_hosts is then read as well)
-  -m          print the JSON as it came; with several hosts one object a line, with "host" as its first field
-  -l LANG     language of hdr, en or nl
-  --          what follows is no option and no host: do freeze @web1 nginx 2h -- -m is broken, ask @ann
+//go:embed help.txt
+var help string
 
-@HOST is @name, @name:port, @address or @[v6]:port. Hosts are asked side by side; one that fails is a line on
-stderr, and the others' answers are shown. A host key seen for the first time is accepted and remembered, a
-changed one is refused. Words may be shortened: l or ls, d; m, s; f, u, r, p.
+//go:embed completion.bash
+var completion string
 
-exit status: 0 all went well, 1 anything else
-`
-
-// help is what --help prints.
-func help() string {
-	var b strings.Builder
-	b.WriteString("usage: gitopper ctl [OPTION]... COMMAND...\n\ncommands:\n")
-	for _, c := range commands {
-		fmt.Fprintf(&b, "  %s\n        %s\n", c.line(), c.about)
-	}
-	b.WriteString("  hdr " + hdrArgs + "\n" +
-		"        comment lines for the top of FILE: don't edit here, and the file's web address\n" + helpTail)
-	return b.String()
+func (c command) usage() string {
+	return "usage: gitopper ctl [OPTION]... " + strings.Fields(c.verb)[0] + " " + strings.Fields(c.noun)[0] +
+		" " + c.args + "\n"
 }
 
-// line is the command as it is written in full.
-func (c command) line() string {
-	return strings.Fields(c.verb)[0] + " " + strings.Fields(c.noun)[0] + " " + c.args
-}
-
-func (c command) usage() string { return "usage: gitopper ctl [OPTION]... " + c.line() + "\n" }
-
-// usageError is a mistake on the command line. Its usage lines are shown below it.
+// usageError is a mistake on the command line. Its usage lines are shown above it.
 type usageError struct{ text, usage string }
 
 func (e *usageError) Error() string { return e.text }
@@ -107,18 +80,13 @@ var errTold = errors.New("a host failed")
 func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	log := &lines{w: stderr}
 	err := run(ctx, args, stdout, log)
-
-	var wrong *usageError
-	switch {
-	case err == nil:
+	if err == nil {
 		return 0
-	case errors.Is(err, flag.ErrHelp):
-		io.WriteString(stdout, help())
-		return 0
-	case errors.As(err, &wrong):
-		log.print("gitopper ctl: " + wrong.text)
+	}
+	if wrong, ok := errors.AsType[*usageError](err); ok {
 		io.WriteString(stderr, wrong.usage)
-	case !errors.Is(err, errTold):
+	}
+	if !errors.Is(err, errTold) {
 		log.print("gitopper ctl: " + err.Error())
 	}
 	return 1
@@ -128,35 +96,51 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 type options struct {
 	identities       []string
 	port, knownHosts string // port is the comment prefix for hdr
+	bastion          string
 	language         string
 	json             bool
+	text             string          // to print, and nothing else
 	given            map[string]bool // by name
-	words            []string        // in front of "--"
+	hosts, words     []string        // in front of "--"; a word may be -a
 	literal          []string        // behind it
+}
+
+func (o *options) flags() *flag.FlagSet {
+	fs := flag.NewFlagSet("ctl", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	fs.Func("i", "", func(s string) error { o.identities = append(o.identities, s); return nil })
+	fs.StringVar(&o.port, "p", "", "")
+	fs.StringVar(&o.knownHosts, "k", "", "")
+	fs.StringVar(&o.bastion, "J", "", "")
+	fs.StringVar(&o.language, "l", "en", "")
+	fs.BoolVar(&o.json, "m", false, "")
+
+	version, goVersion := Version()
+	texts := map[string]string{"h": help, "help": help, "completion": completion,
+		"version": "gitopper " + version + " " + goVersion + "\n"}
+	for name, text := range texts {
+		fs.BoolFunc(name, "", func(string) error { o.text = text; return nil })
+	}
+	return fs
 }
 
 // parse takes options from wherever they stand. It hands them to flag one by one, because flag itself stops
 // at the first word, and then can't tell a "--" that ends the options from one that is a value (hdr -p --).
 func parse(args []string) (options, error) {
 	o := options{given: map[string]bool{}}
-	fs := flag.NewFlagSet("ctl", flag.ContinueOnError)
-	fs.SetOutput(io.Discard)
-	fs.Func("i", "", func(s string) error { o.identities = append(o.identities, s); return nil })
-	fs.StringVar(&o.port, "p", "", "")
-	fs.StringVar(&o.knownHosts, "k", "", "")
-	fs.StringVar(&o.language, "l", "en", "")
-	fs.BoolVar(&o.json, "m", false, "")
-
+	fs := o.flags()
 	for len(args) > 0 {
 		n := 1
-		switch f := fs.Lookup(strings.TrimLeft(args[0], "-")); {
+		switch name := strings.TrimLeft(args[0], "-"); {
 		case args[0] == "--":
 			o.literal = args[1:]
 			n = len(args)
-		case args[0] == "-" || !strings.HasPrefix(args[0], "-"):
+		case strings.HasPrefix(name, "@"):
+			o.hosts = append(o.hosts, args[0])
+		case args[0] == name, args[0] == "-", args[0] == everyService:
 			o.words = append(o.words, args[0])
 		default:
-			if f != nil && f.Name != "m" {
+			if len(name) == 1 && strings.Contains("ipkJl", name) {
 				n = min(2, len(args))
 			}
 			if err := fs.Parse(args[:n]); err != nil {
@@ -172,7 +156,8 @@ func parse(args []string) (options, error) {
 
 func run(ctx context.Context, args []string, stdout io.Writer, stderr *lines) error {
 	o, err := parse(args)
-	if errors.Is(err, flag.ErrHelp) {
+	if o.text != "" {
+		_, err = io.WriteString(stdout, o.text)
 		return err
 	}
 	if err != nil {
@@ -182,15 +167,15 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *lines) er
 		return hdr(ctx, o, stdout)
 	}
 
-	hosts, words, err := o.hosts()
+	hosts, err := parseHosts(o.hosts, o.port)
 	if err != nil {
 		return err
 	}
-	cmd, words, err := find(words, o.literal)
+	cmd, words, err := find(o.words, o.literal)
 	if err != nil {
 		return err
 	}
-	if wrong := cmd.check(o, hosts, words); wrong != "" {
+	if wrong := cmd.check(o, words); wrong != "" {
 		return &usageError{wrong, cmd.usage()}
 	}
 
@@ -198,10 +183,52 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *lines) er
 	if err != nil {
 		return err
 	}
-	c.several = len(hosts) > 1
-	request := strings.Join(append([]string{cmd.path}, words...), " ")
-	outcomes := c.askAll(ctx, hosts, request, cmd.limit)
-	return show(ctx, hosts, outcomes, cmd, o.json, stdout, stderr)
+	return c.carryOut(ctx, o, cmd, hosts, words, stdout)
+}
+
+// carryOut asks all hosts, and shows what they answer.
+func (c *client) carryOut(ctx context.Context, o options, cmd command, hosts []host, words []string,
+	stdout io.Writer) error {
+	var questions []question
+	for _, h := range hosts {
+		questions = append(questions, question{h, h.name, cmd.path, words})
+	}
+	var listErr error
+	if isForAll(words) {
+		questions, listErr = c.aboutEach(ctx, questions)
+	}
+
+	c.several = len(questions) > 1
+	isOfOne := len(words) > 0 && !isForAll(words)
+	r := &report{view: cmd.answer, several: len(hosts) > 1, json: o.json, cut: isTerminal(stdout)}
+	if isOfOne && cmd.path != "/list/log" {
+		r.cut = false // all is shown
+	}
+	err := c.each(ctx, questions, cmd.limit, r.add)
+	return cmp.Or(r.print(stdout), err, listErr)
+}
+
+const everyService = "-a"
+
+func isForAll(words []string) bool { return slices.Index(words, everyService) == 0 }
+
+// aboutEach makes of a question about every service of a host one about each.
+func (c *client) aboutEach(ctx context.Context, all []question) (each []question, err error) {
+	lists := slices.Clone(all)
+	for i := range lists {
+		lists[i].path, lists[i].words = "/list/service", nil
+	}
+	rest := all[0].words[1:]
+	err = c.each(ctx, lists, listLimit, func(list question, answer []byte) error {
+		rows, err := serviceRows(answer)
+		for _, row := range rows {
+			service := row[0]
+			each = append(each, question{list.host, list.label + ": " + service, all[0].path,
+				append([]string{service}, rest...)})
+		}
+		return err
+	})
+	return each, err
 }
 
 // wrongOption is the error about an option that flag does not like, with the usage of its command.
@@ -209,37 +236,30 @@ func wrongOption(args []string, err error) error {
 	text := strings.Replace(err.Error(), "flag provided but not defined: ",
 		"no such option (a reason with - in front goes behind --): ", 1)
 	notWord := func(arg string) bool { return strings.IndexAny(arg, "-@") == 0 }
-	cmd, _, err := find(slices.DeleteFunc(slices.Clone(args), notWord), nil)
+	words := slices.DeleteFunc(slices.Clone(args), notWord)
+	if slices.Contains(words[:min(1, len(words))], "hdr") {
+		return &usageError{text, hdrUsage}
+	}
+	cmd, _, err := find(words, nil)
 	if wrong, ok := errors.AsType[*usageError](err); ok {
 		return &usageError{text, wrong.usage}
 	}
 	return &usageError{text, cmd.usage()}
 }
 
-// hosts returns the hosts among the words, each once, and the other words.
-func (o options) hosts() (hosts []host, words []string, err error) {
-	for _, w := range o.words {
-		if !strings.HasPrefix(w, "@") {
-			words = append(words, w)
-			continue
-		}
-		h, err := parseHost(w, o.port)
-		if err != nil {
-			return nil, nil, err
-		}
-		if !slices.ContainsFunc(hosts, func(other host) bool { return other.addr == h.addr }) {
-			hosts = append(hosts, h)
-		}
-	}
-	return hosts, words, nil
-}
-
 // check says what is wrong with a command's options and words, if something is.
-func (c command) check(o options, hosts []host, words []string) string {
+func (c command) check(o options, words []string) string {
+	isText := c.answer.rows == nil
 	switch {
 	case o.given["l"]:
 		return "option -l is for hdr"
-	case len(hosts) == 0:
+	case o.json && isText:
+		return "the answer is no JSON: leave -m out"
+	case isForAll(words) && !strings.Contains(c.args, everyService):
+		return "option -a is for freeze, unfreeze and pull"
+	case slices.Contains(o.words[min(3, len(o.words)):], everyService):
+		return "option -a stands in place of SERVICE"
+	case len(o.hosts) == 0:
 		return "no host: name one as @HOST"
 	case len(words) < c.min && len(words) == 0:
 		return "no SERVICE"
@@ -263,37 +283,23 @@ func (c command) check(o options, hosts []host, words []string) string {
 
 // find returns the command that the first two words name, and the words that are its arguments.
 func find(words, literal []string) (command, []string, error) {
-	var usage strings.Builder
+	var all, ofVerb strings.Builder
 	for _, c := range commands {
+		all.WriteString(c.usage())
 		if len(words) == 0 || !slices.Contains(strings.Fields(c.verb), words[0]) {
 			continue
 		}
 		if len(words) > 1 && slices.Contains(strings.Fields(c.noun), words[1]) {
 			return c, slices.Concat(words[2:], literal), nil
 		}
-		usage.WriteString(c.usage())
+		ofVerb.WriteString(c.usage())
 	}
 
-	switch {
-	case len(words) == 0:
-		return command{}, nil, &usageError{"no command", help()}
-	case usage.Len() == 0:
-		return command{}, nil, &usageError{fmt.Sprintf("no such command: %q", words[0]), help()}
-	case len(words) == 1:
-		return command{}, nil, &usageError{words[0] + " what?", usage.String()}
+	usage, text := cmp.Or(ofVerb.String(), all.String()+hdrUsage), "no command"
+	if len(words) > 0 {
+		text = fmt.Sprintf("no such command: %q", strings.Join(words[:min(2, len(words))], " "))
 	}
-	text := fmt.Sprintf("no such command: %q", words[0]+" "+words[1])
-	return command{}, nil, &usageError{text, usage.String()}
-}
-
-// client is what all hosts have in common.
-type client struct {
-	dial    func(ctx context.Context, network, addr string) (net.Conn, error)
-	known   *knownHosts
-	keys    *keys
-	user    string
-	stderr  *lines
-	several bool // lines on stderr say which host they are from
+	return command{}, nil, &usageError{text + ": see gitopper ctl --help", usage}
 }
 
 func newClient(ctx context.Context, o options, stderr *lines) (*client, error) {
@@ -316,34 +322,15 @@ func newClient(ctx context.Context, o options, stderr *lines) (*client, error) {
 		return nil, err
 	}
 
-	name := os.Getenv("USER")
+	c := &client{way: direct((&net.Dialer{}).DialContext), known: known, keys: ids, stderr: stderr}
+	if o.given["J"] {
+		c.way = through(ctx, o.bastion)
+	}
+	c.user = os.Getenv("USER")
 	if u, err := user.Current(); err == nil {
-		name = u.Username
+		c.user = u.Username
 	}
-	dial := (&net.Dialer{}).DialContext
-	return &client{dial: dial, known: known, keys: ids, user: name, stderr: stderr}, nil
-}
-
-// outcome is what came of asking one host. There may be an answer even if err is set.
-type outcome struct {
-	answer []byte
-	err    error
-}
-
-// askAll asks every host, some at a time, and returns at once: host i's outcome is sent on channel i.
-func (c *client) askAll(ctx context.Context, hosts []host, req string, limit time.Duration) []chan outcome {
-	outcomes := make([]chan outcome, len(hosts))
-	slots := make(chan bool, parallel)
-	for i, h := range hosts {
-		outcomes[i] = make(chan outcome, 1)
-		go func() {
-			slots <- true
-			answer, err := c.ask(ctx, h, req, limit)
-			<-slots
-			outcomes[i] <- outcome{answer, err}
-		}()
-	}
-	return outcomes
+	return c, nil
 }
 
 // Version returns the version of the binary, which the go command takes from the module or from git, and that

@@ -31,35 +31,111 @@ type host struct{ name, addr string }
 // parseHost reads @name, @name:port, @address, @[v6] or @[v6]:port. An empty port is 2222.
 func parseHost(arg, port string) (host, error) {
 	name := strings.TrimPrefix(arg, "@")
-	h, p := name, cmp.Or(port, "2222")
-	if strings.HasPrefix(h, "[") && strings.HasSuffix(h, "]") {
-		h = h[1 : len(h)-1]
-	} else if strings.HasPrefix(h, "[") || strings.Count(h, ":") == 1 {
-		var err error
-		if h, p, err = net.SplitHostPort(name); err != nil {
-			return host{}, fmt.Errorf("host %q: want @name, @name:port or @[v6]:port", arg)
+	h, p, err := net.SplitHostPort(name)
+	if err != nil { // it has no port
+		h, p = name, cmp.Or(port, "2222")
+	}
+	if inner, isBracketed := strings.CutPrefix(h, "["); isBracketed {
+		h = strings.TrimSuffix(inner, "]")
+		if h == inner {
+			h = "" // the other bracket is missing
 		}
 	}
+	h = strings.ToLower(h)
 
-	if ip, err := netip.ParseAddr(h); err == nil {
+	ip, err := netip.ParseAddr(h)
+	isIP := err == nil
+	if isIP {
 		h = ip.String()
-	} else if strings.Contains(h, ":") {
-		return host{}, fmt.Errorf("host %q: %q is no IPv6 address", arg, h)
-	}
-	if strings.Contains(h, "@") {
-		return host{}, fmt.Errorf("host %q: the key says who you are: leave the user name out", arg)
 	}
 	// Nothing that has a meaning in known_hosts, where the name will be written.
-	const good = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:%"
-	if h == "" || strings.Trim(h, good) != "" {
-		return host{}, fmt.Errorf("host %q: want @name, @name:port or @[v6]:port", arg)
-	}
-
+	const good = "abcdefghijklmnopqrstuvwxyz0123456789.-_:%"
 	n, err := strconv.ParseUint(p, 10, 16)
-	if err != nil || n == 0 {
+	switch {
+	case strings.Contains(h, "@"):
+		return host{}, fmt.Errorf("host %q: the key says who you are: leave the user name out", arg)
+	case h == "", strings.Trim(h, good) != "":
+		return host{}, fmt.Errorf("host %q: want @name, @name:port or @[v6]:port", arg)
+	case !isIP && strings.Contains(h, ":"):
+		return host{}, fmt.Errorf("host %q: %q is no IPv6 address", arg, h)
+	case err != nil, n == 0:
 		return host{}, fmt.Errorf("host %q: port %q: want a number from 1 to 65535", arg, p)
 	}
-	return host{name, net.JoinHostPort(strings.ToLower(h), strconv.FormatUint(n, 10))}, nil
+	return host{name, net.JoinHostPort(h, strconv.FormatUint(n, 10))}, nil
+}
+
+// parseHosts returns each host once.
+func parseHosts(args []string, port string) (hosts []host, err error) {
+	for _, arg := range args {
+		h, err := parseHost(arg, port)
+		if err != nil {
+			return nil, err
+		}
+		if !slices.ContainsFunc(hosts, func(other host) bool { return other.addr == h.addr }) {
+			hosts = append(hosts, h)
+		}
+	}
+	return hosts, nil
+}
+
+// client is what all questions have in common.
+type client struct {
+	way
+	known   *knownHosts
+	keys    *keys
+	user    string
+	stderr  *lines
+	several bool // lines on stderr say what they are about
+}
+
+// question is a command for a host, and what its lines on stderr are labelled with.
+type question struct {
+	host  host
+	label string
+	path  string
+	words []string
+}
+
+// each asks all questions, some at a time, and hands the answers to use in the order of the questions. Each
+// failure is a line on stderr.
+func (c *client) each(ctx context.Context, questions []question, limit time.Duration,
+	use func(question, []byte) error) error {
+	type outcome struct {
+		answer []byte // also of a /do/ that failed
+		err    error
+	}
+	outcomes := make([]chan outcome, len(questions))
+	slots := make(chan bool, c.parallel)
+	for i, q := range questions {
+		outcomes[i] = make(chan outcome, 1)
+		go func() {
+			slots <- true
+			answer, err := c.ask(ctx, q, limit)
+			<-slots
+			outcomes[i] <- outcome{answer, err}
+		}()
+	}
+
+	var failed error
+	unanswered := 0
+	for i, q := range questions {
+		o := <-outcomes[i]
+		useErr := use(q, o.answer)
+		err := cmp.Or(o.err, useErr)
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			unanswered++
+		default:
+			failed = errTold
+			c.stderr.print("gitopper ctl: " + q.label + ": " + err.Error())
+		}
+	}
+	if unanswered > 0 {
+		return fmt.Errorf("interrupted: no answer from %d of %d hosts; list service shows how things stand",
+			unanswered, len(questions))
+	}
+	return failed
 }
 
 // errLost is in every error after which nobody knows what the host has done.
@@ -67,8 +143,8 @@ var errLost = errors.New("no answer")
 
 // ask sends the request to the host and returns what it writes to stdout. Its stderr is passed on line by
 // line, but for the last line of a request that fails, which is the error. It gives up after limit.
-func (c *client) ask(ctx context.Context, h host, request string, limit time.Duration) ([]byte, error) {
-	conn, err := c.connect(ctx, h)
+func (c *client) ask(ctx context.Context, q question, limit time.Duration) ([]byte, error) {
+	conn, err := c.connect(ctx, q.host)
 	if err != nil {
 		return nil, err
 	}
@@ -81,11 +157,11 @@ func (c *client) ask(ctx context.Context, h host, request string, limit time.Dur
 	context.AfterFunc(ctx, func() { conn.Close() })
 	go keepAlive(ctx, conn, lost)
 
-	answer, err := c.exchange(conn, h, request)
+	answer, err := c.exchange(conn, q)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
 	}
-	if errors.Is(err, errLost) && strings.HasPrefix(request, "/do/") {
+	if errors.Is(err, errLost) && strings.HasPrefix(q.path, "/do/") {
 		err = fmt.Errorf("%w; list service shows what became of it", err)
 	}
 	return answer, err
@@ -114,25 +190,20 @@ func (c *client) connect(ctx context.Context, h host) (*ssh.Client, error) {
 
 // login is one try with some keys.
 func (c *client) login(ctx context.Context, h host, keys []ssh.Signer) (*ssh.Client, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, dialLimit, fmt.Errorf("no answer for %v", dialLimit))
+	short, cancel := context.WithTimeoutCause(ctx, c.limit, fmt.Errorf("no answer for %v", c.limit))
 	defer cancel()
-	_, port, _ := net.SplitHostPort(h.addr)
-	conn, err := c.dial(ctx, "tcp", h.addr)
-	if dns := (*net.DNSError)(nil); errors.As(err, &dns) && ctx.Err() == nil {
+	conn, err := c.dial(short, h.addr)
+	if err != nil {
 		return nil, err
 	}
-	if err != nil {
-		err = cmp.Or(context.Cause(ctx), err)
-		return nil, fmt.Errorf("%w: does gitopper listen there, on port %s?", err, port)
-	}
 
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	stop := context.AfterFunc(short, func() { conn.Close() })
 	sshConn, chans, reqs, err := ssh.NewClientConn(conn, h.addr, &ssh.ClientConfig{
 		User:              c.user,
 		Auth:              []ssh.AuthMethod{ssh.PublicKeys(slices.Clip(keys)...)},
 		HostKeyAlgorithms: c.known.algorithms(h.addr),
-		HostKeyCallback: func(addr string, remote net.Addr, key ssh.PublicKey) error {
-			notice, err := c.known.verify(addr, remote, key)
+		HostKeyCallback: func(addr string, _ net.Addr, key ssh.PublicKey) error {
+			notice, err := c.known.verify(addr, key)
 			if notice != "" {
 				c.stderr.print("gitopper ctl: " + h.name + ": " + notice)
 			}
@@ -140,17 +211,24 @@ func (c *client) login(ctx context.Context, h host, keys []ssh.Signer) (*ssh.Cli
 		},
 	})
 
+	// x/crypto has no type for these errors; the second is the host's, and sshd writes it with a capital.
+	said := strings.ToLower(fmt.Sprint(err))
+	isRefused := strings.Contains(said, "unable to authenticate") ||
+		strings.Contains(said, "too many authentication")
 	var host hostKeyError
 	switch {
 	case !stop():
-		return nil, fmt.Errorf("%w: is that gitopper, on port %s?", context.Cause(ctx), port)
+		_, port, _ := net.SplitHostPort(h.addr)
+		return nil, fmt.Errorf("%w: is that gitopper, on port %s?", context.Cause(short), port)
 	case err == nil:
 		return ssh.NewClient(sshConn, chans, reqs), nil
 	case errors.As(err, &host):
 		return nil, host
-	case strings.Contains(err.Error(), "unable to authenticate"), // x/crypto has no type for this error
-		strings.Contains(err.Error(), "too many authentication"):
+	case isRefused:
 		return nil, errRefused
+	}
+	if j, ok := conn.(*jump); ok {
+		err = cmp.Or(<-j.trouble, err)
 	}
 	return nil, err
 }
@@ -175,19 +253,20 @@ func keepAlive(ctx context.Context, conn ssh.Conn, lost context.CancelCauseFunc)
 	}
 }
 
-func (c *client) exchange(conn *ssh.Client, h host, request string) ([]byte, error) {
+func (c *client) exchange(conn *ssh.Client, q question) ([]byte, error) {
 	session, err := conn.NewSession()
 	if err != nil {
 		return nil, err
 	}
 	stdout, _ := session.StdoutPipe() // these two can't fail before the start
 	stderr, _ := session.StderrPipe()
+	request := strings.Join(slices.Insert(slices.Clone(q.words), 0, q.path), " ")
 	if err := session.Start(request); err != nil {
 		return nil, err
 	}
 
 	verdict := make(chan string, 1)
-	go func() { verdict <- c.passOn(h, stderr) }()
+	go func() { verdict <- c.passOn(q.label, stderr) }()
 	answer, err := io.ReadAll(io.LimitReader(stdout, answerLimit+1))
 	if err == nil && len(answer) > answerLimit {
 		return nil, fmt.Errorf("the answer is larger than %d bytes", answerLimit)
@@ -208,12 +287,12 @@ func (c *client) exchange(conn *ssh.Client, h host, request string) ([]byte, err
 
 // passOn prints each line as it comes, and returns the last if it is a verdict: an HTTP status text and what
 // was wrong.
-func (c *client) passOn(h host, stderr io.Reader) (verdict string) {
+func (c *client) passOn(label string, stderr io.Reader) (verdict string) {
 	statuses := []string{"Not Found", "Unauthorized", "Bad Request", "Not Acceptable", "Conflict",
 		"Internal Server Error"}
 	show := func(line string) {
 		if c.several {
-			line = h.name + ": " + line
+			line = label + ": " + line
 		}
 		c.stderr.print(line)
 	}

@@ -118,9 +118,9 @@ func TestTimeouts(t *testing.T) {
 				go tt.play(theirs, config)
 				var stderr bytes.Buffer
 				c := &client{known: known, keys: &keys{}, stderr: &lines{w: &stderr},
-					dial: func(context.Context, string, string) (net.Conn, error) { return ours, nil }}
+					way: way{limit: dialLimit, dial: func(context.Context, string) (net.Conn, error) { return ours, nil }}}
 				start := time.Now()
-				_, err := c.ask(t.Context(), host{"h", "h:2222"}, tt.request, tt.limit)
+				_, err := c.ask(t.Context(), question{host: host{"h", "h:2222"}, path: tt.request}, tt.limit)
 				if err == nil || err.Error() != tt.want {
 					t.Errorf("got %v, want %s", err, tt.want)
 				}
@@ -167,11 +167,11 @@ func TestDialTimeout(t *testing.T) {
 		t.Fatal(err)
 	}
 	synctest.Test(t, func(t *testing.T) {
-		c := &client{known: known, keys: &keys{}, dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		c := &client{known: known, keys: &keys{}, way: direct(func(ctx context.Context, _, _ string) (net.Conn, error) {
 			<-ctx.Done()
 			return nil, errors.New("i/o timeout")
-		}}
-		_, err := c.ask(t.Context(), host{"h", "h:2222"}, "/list/service", listLimit)
+		})}
+		_, err := c.ask(t.Context(), question{host: host{"h", "h:2222"}, path: "/list/service"}, listLimit)
 		if err == nil || err.Error() != "no answer for 10s: does gitopper listen there, on port 2222?" {
 			t.Error(err)
 		}

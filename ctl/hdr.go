@@ -22,17 +22,19 @@ func hdr(ctx context.Context, o options, stdout io.Writer) error {
 		"nl": "Wijzig dit bestand niet hier: gitopper overschrijft het. Wijzig het bij de bron:",
 	}
 
-	usage := "usage: gitopper ctl hdr " + hdrArgs + "\n"
 	files := append(o.words[1:], o.literal...)
+	hasPrefix := o.given["p"]
+	delete(o.given, "p")
+	delete(o.given, "l")
 	switch {
 	case len(files) == 0:
-		return &usageError{"no FILE", usage}
+		return &usageError{"no FILE", hdrUsage}
 	case len(files) > 1:
-		return &usageError{fmt.Sprintf("%q is one word too many", files[1]), usage}
+		return &usageError{fmt.Sprintf("%q is one word too many", files[1]), hdrUsage}
 	case texts[o.language] == "":
-		return &usageError{fmt.Sprintf("no such language: %q", o.language), usage}
-	case o.given["i"] || o.given["k"] || o.given["m"]:
-		return &usageError{"options -i, -k and -m are not for hdr", usage}
+		return &usageError{fmt.Sprintf("no such language: %q", o.language), hdrUsage}
+	case len(o.given) > 0:
+		return &usageError{"options of hdr are -p and -l", hdrUsage}
 	}
 
 	address, err := webAddress(ctx, files[0])
@@ -40,7 +42,7 @@ func hdr(ctx context.Context, o options, stdout io.Writer) error {
 		return fmt.Errorf("%s: %w", files[0], err)
 	}
 	prefix := "# "
-	if o.given["p"] {
+	if hasPrefix {
 		prefix = strings.TrimLeft(o.port+" ", " ")
 	}
 	_, err = fmt.Fprintf(stdout, "%s%s\n%s%s\n", prefix, texts[o.language], prefix, address)
@@ -69,13 +71,14 @@ func webAddress(ctx context.Context, file string) (string, error) {
 
 	// A clone knows upstream's default branch. A checkout made by other means may only have a branch of its
 	// own, or none, and then both GitHub and GitLab take HEAD for the default branch.
-	branch, err := git(ctx, dir, "symbolic-ref", "--quiet", "--short", "refs/remotes/origin/HEAD")
-	if branch = strings.TrimPrefix(branch, "origin/"); err != nil {
-		if branch, err = git(ctx, dir, "symbolic-ref", "--quiet", "--short", "HEAD"); err != nil {
-			branch = "HEAD"
-		}
+	branch, err := git(ctx, dir, "rev-parse", "--abbrev-ref", "origin/HEAD")
+	if err != nil {
+		branch, err = git(ctx, dir, "rev-parse", "--abbrev-ref", "HEAD")
 	}
-	return fileURL(origin, branch, strings.TrimRight(path, "\x00"))
+	if err != nil {
+		return "", err
+	}
+	return fileURL(origin, strings.TrimPrefix(branch, "origin/"), strings.TrimRight(path, "\x00"))
 }
 
 // fileURL turns a remote's address (https://, ssh://, git:// or user@host:path) into that of a file's web

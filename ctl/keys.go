@@ -46,50 +46,51 @@ func (k *keys) add(signer ssh.Signer) {
 	}
 }
 
+// note keeps why a key can't be used, if err says so.
+func (k *keys) note(err error) {
+	if err == nil {
+		return
+	}
+	text := err.Error()
+	if file, ok := errors.AsType[*fs.PathError](err); ok && errors.Is(err, fs.ErrNotExist) {
+		text = "no " + file.Path
+	}
+	k.notes = append(k.notes, text)
+}
+
+// inAgent returns what ssh-agent holds.
+type inAgent func() ([]ssh.Signer, error)
+
 // findKeys returns the keys in files, or without any those of ssh-agent and the usual files.
 func findKeys(ctx context.Context, files []string) (*keys, error) {
 	held := sync.OnceValues(func() ([]ssh.Signer, error) { return agentKeys(ctx) })
 	k := &keys{}
+	areNamed := len(files) > 0
+	if !areNamed {
+		signers, err := held()
+		k.note(err)
+		for _, signer := range signers {
+			k.add(signer)
+		}
+		home, err := os.UserHomeDir()
+		k.note(err)
+		for _, name := range []string{"id_ed25519", "id_ecdsa", "id_rsa"} {
+			if home != "" {
+				files = append(files, filepath.Join(home, ".ssh", name))
+			}
+		}
+	}
+
 	for _, file := range files {
 		signer, err := readKey(file, held)
-		if err != nil {
-			return nil, err
-		}
-		k.add(signer)
-	}
-	if len(files) > 0 {
-		return k, nil
-	}
-
-	signers, err := held()
-	switch {
-	case err != nil:
-		k.notes = append(k.notes, err.Error())
-	case len(signers) == 0:
-		k.notes = append(k.notes, "ssh-agent holds none")
-	}
-	for _, signer := range signers {
-		k.add(signer)
-	}
-
-	usual := []string{"id_ed25519", "id_ecdsa", "id_rsa"}
-	home, err := os.UserHomeDir()
-	if err != nil {
-		k.notes = append(k.notes, err.Error())
-		usual = nil
-	}
-	for _, name := range usual {
-		file := filepath.Join(home, ".ssh", name)
-		switch signer, err := readKey(file, held); {
+		switch {
 		case err == nil:
 			k.add(signer)
-		case errors.Is(err, fs.ErrNotExist):
-			k.notes = append(k.notes, "no "+file)
-		default:
-			k.notes = append(k.notes, err.Error())
+		case areNamed:
+			return nil, err
 		}
+		k.note(err)
 	}
-
 	if len(k.signers) == 0 {
 		return nil, fmt.Errorf("no key to log in with: %s: name one with -i, or make one with ssh-keygen",
 			strings.Join(k.notes, ", "))
@@ -99,7 +100,7 @@ func findKeys(ctx context.Context, files []string) (*keys, error) {
 
 // readKey returns the private key in file. One that is encrypted, in hardware, or known by its public part
 // only, is had from ssh-agent.
-func readKey(file string, held func() ([]ssh.Signer, error)) (ssh.Signer, error) {
+func readKey(file string, held inAgent) (ssh.Signer, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
 		return nil, err
@@ -109,38 +110,34 @@ func readKey(file string, held func() ([]ssh.Signer, error)) (ssh.Signer, error)
 		return signer, nil
 	}
 
-	var locked *ssh.PassphraseMissingError
-	encrypted := errors.As(err, &locked)
-	var public ssh.PublicKey
-	if encrypted {
-		public = locked.PublicKey // absent in the older formats
-	}
-	if beside, _ := os.ReadFile(file + ".pub"); public == nil {
-		for _, t := range [][]byte{text, beside} {
-			if key, _, _, _, err := ssh.ParseAuthorizedKey(t); err == nil && public == nil {
-				public = key
-			}
-		}
-	}
-	if public == nil && !encrypted {
+	beside, _ := os.ReadFile(file + ".pub")
+	public, what := cmp.Or(parsePublic(text), parsePublic(beside)), "is a public key"
+	if locked, ok := errors.AsType[*ssh.PassphraseMissingError](err); ok {
+		public, what = cmp.Or(locked.PublicKey, public), "is encrypted" // the older formats don't say which
+	} else if public == nil {
 		return nil, fmt.Errorf("%s: neither a private nor a public key: %w", file, err)
 	}
 
-	signers, agentErr := held()
+	signers, err := held()
 	for _, s := range signers {
 		if public != nil && sameKey(s.PublicKey(), public) {
 			return s, nil
 		}
 	}
+	way := "ssh-agent does not hold it:"
+	if err != nil {
+		way = err.Error() + ": start one and"
+	}
+	return nil, fmt.Errorf("%s %s, and %s ssh-add %s", file, what, way, strings.TrimSuffix(file, ".pub"))
+}
 
-	way := "ssh-agent does not hold it: ssh-add " + strings.TrimSuffix(file, ".pub")
-	if agentErr != nil {
-		way = agentErr.Error() + ": start one and ssh-add " + strings.TrimSuffix(file, ".pub")
+// parsePublic returns the public key that text is, or nil.
+func parsePublic(text []byte) ssh.PublicKey {
+	key, _, _, _, err := ssh.ParseAuthorizedKey(text)
+	if err != nil {
+		return nil
 	}
-	if encrypted {
-		return nil, fmt.Errorf("%s is encrypted, and %s", file, way)
-	}
-	return nil, fmt.Errorf("%s is a public key, and %s", file, way)
+	return key
 }
 
 // agentKeys returns what ssh-agent holds. The keys work until ctx ends.
@@ -158,6 +155,9 @@ func agentKeys(ctx context.Context) ([]ssh.Signer, error) {
 	signers, err := agent.NewClient(&agentConn{conn}).Signers()
 	if err != nil {
 		return nil, fmt.Errorf("ssh-agent does not answer: %w", err)
+	}
+	if len(signers) == 0 {
+		return nil, errors.New("ssh-agent holds none")
 	}
 	return signers, nil
 }
@@ -178,8 +178,9 @@ func (a *agentConn) Write(p []byte) (int, error) {
 type knownHosts struct {
 	file        string
 	check       ssh.HostKeyCallback
-	authorities map[string]bool // the @cert-authority lines, as file:line
-	mu          sync.Mutex      // one addition at a time
+	authorities map[string]bool          // the @cert-authority lines, as file:line
+	mu          sync.Mutex               // one host at a time
+	added       map[string]ssh.PublicKey // by us, since the file was read
 }
 
 // hostKeyError is why a host is not believed.
@@ -191,7 +192,7 @@ func notBelieved(format string, args ...any) error { return hostKeyError(fmt.Spr
 
 // openKnownHosts reads the files. They need not exist; a line that can't be read is an error that names it.
 func openKnownHosts(file string, system ...string) (*knownHosts, error) {
-	k := &knownHosts{file: file, authorities: map[string]bool{}}
+	k := &knownHosts{file: file, authorities: map[string]bool{}, added: map[string]ssh.PublicKey{}}
 
 	var files []string
 	for _, name := range append([]string{file}, system...) {
@@ -226,6 +227,9 @@ func (k *knownHosts) lookup(addr string) (at string, plain, authorities []knownh
 	nobody, _ := ssh.NewPublicKey(make(ed25519.PublicKey, ed25519.PublicKeySize))
 	h, _, _ := net.SplitHostPort(addr)
 
+	if key := k.added[addr]; key != nil {
+		return addr, []knownhosts.KnownKey{{Key: key, Filename: k.file}}, nil
+	}
 	for _, at := range []string{addr, net.JoinHostPort(h, "22")} {
 		var unknown *knownhosts.KeyError
 		if !errors.As(k.check(at, &net.TCPAddr{}, nobody), &unknown) || len(unknown.Want) == 0 {
@@ -247,6 +251,9 @@ func (k *knownHosts) lookup(addr string) (at string, plain, authorities []knownh
 // server with several keys shows one that known_hosts may not have, which looks like a changed key
 // (golang.org/issue/29286). Certificates are only asked for where an authority is known.
 func (k *knownHosts) algorithms(addr string) []string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+
 	_, plain, authorities := k.lookup(addr)
 	rank := func(algo string) int {
 		if isCert(algo) {
@@ -273,11 +280,14 @@ func (k *knownHosts) algorithms(addr string) []string {
 
 // verify says whether key is addr's, and remembers the key of a host that nothing is known about, which gives
 // a notice.
-func (k *knownHosts) verify(addr string, remote net.Addr, key ssh.PublicKey) (notice string, err error) {
+func (k *knownHosts) verify(addr string, key ssh.PublicKey) (notice string, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+
 	at, plain, authorities := k.lookup(addr)
-	err = k.check(at, remote, key)
+	err = k.check(at, &net.TCPAddr{}, key)
 	if cert, ok := key.(*ssh.Certificate); ok && err != nil {
-		if k.check(at, remote, cert.Key) == nil {
+		if k.check(at, &net.TCPAddr{}, cert.Key) == nil {
 			return "", nil // as with ssh, a known key is not worse for a certificate that is no good
 		}
 		return "", notBelieved("host certificate is not valid: %s: have it signed anew, or mend the "+
@@ -285,12 +295,13 @@ func (k *knownHosts) verify(addr string, remote net.Addr, key ssh.PublicKey) (no
 	}
 
 	var revoked *knownhosts.RevokedError
+	isIt := func(l knownhosts.KnownKey) bool { return sameKey(l.Key, key) }
 	switch {
-	case err == nil:
-		return "", nil
 	case errors.As(err, &revoked):
 		return "", notBelieved("host key %s is revoked in %s:%d: ask the host's administrator, and don't go "+
 			"on", fingerprint(key), revoked.Revoked.Filename, revoked.Revoked.Line)
+	case err == nil, slices.ContainsFunc(plain, isIt):
+		return "", nil
 	case at == addr && len(plain) > 0:
 		sameType := func(l knownhosts.KnownKey) bool { return l.Key.Type() == key.Type() }
 		was := plain[max(0, slices.IndexFunc(plain, sameType))]
@@ -306,14 +317,12 @@ func (k *knownHosts) verify(addr string, remote net.Addr, key ssh.PublicKey) (no
 		return "", notBelieved("new host, key %s, but it can't be remembered: %v: name another file with -k",
 			fingerprint(key), err)
 	}
+	k.added[addr] = key
 	return fmt.Sprintf("new host, key %s remembered in %s", fingerprint(key), k.file), nil
 }
 
 // remember adds a line with a single write, so that other processes can do the same.
 func (k *knownHosts) remember(addr string, key ssh.PublicKey) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-
 	if err := os.MkdirAll(filepath.Dir(k.file), 0o700); err != nil {
 		return err
 	}

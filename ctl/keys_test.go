@@ -454,7 +454,7 @@ func TestRememberSideBySide(t *testing.T) {
 		}
 		for i := range 20 {
 			wg.Go(func() {
-				if _, err := k.verify(fmt.Sprintf("web%d-%d:2222", p, i), &net.TCPAddr{}, key.PublicKey()); err != nil {
+				if _, err := k.verify(fmt.Sprintf("web%d-%d:2222", p, i), key.PublicKey()); err != nil {
 					t.Error(err)
 				}
 			})
@@ -467,7 +467,7 @@ func TestRememberSideBySide(t *testing.T) {
 	}
 	for p := range 8 {
 		for i := range 20 {
-			if notice, err := k.verify(fmt.Sprintf("web%d-%d:2222", p, i), &net.TCPAddr{}, key.PublicKey()); err != nil || notice != "" {
+			if notice, err := k.verify(fmt.Sprintf("web%d-%d:2222", p, i), key.PublicKey()); err != nil || notice != "" {
 				t.Fatal(notice, err)
 			}
 		}
@@ -517,11 +517,11 @@ func FuzzParseHost(f *testing.F) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if notice, err := k.verify(h.addr, &net.TCPAddr{}, key); err != nil || (notice == "") != (i == 1) {
+			if notice, err := k.verify(h.addr, key); err != nil || (notice == "") != (i == 1) {
 				t.Fatalf("%q: %q, %v", h.addr, notice, err)
 			}
 			if i == 1 {
-				if _, err := k.verify(h.addr, &net.TCPAddr{}, other); err == nil {
+				if _, err := k.verify(h.addr, other); err == nil {
 					t.Fatalf("%q: another key was accepted", h.addr)
 				}
 			}
@@ -550,13 +550,13 @@ func FuzzKnownHosts(f *testing.F) {
 		if algos := k.algorithms("web1:2222"); !slices.Contains(algos, ssh.KeyAlgoED25519) {
 			t.Fatal(algos)
 		}
-		if _, err := k.verify("web1:2222", &net.TCPAddr{}, key); err != nil {
+		if _, err := k.verify("web1:2222", key); err != nil {
 			return
 		}
 		if k, err = openKnownHosts(file); err != nil {
 			t.Fatal(err)
 		}
-		if notice, err := k.verify("web1:2222", &net.TCPAddr{}, key); err != nil || notice != "" {
+		if notice, err := k.verify("web1:2222", key); err != nil || notice != "" {
 			t.Fatal(notice, err)
 		}
 		if !bytes.HasPrefix([]byte(readFile(t, file)), text) {

@@ -2,115 +2,199 @@ package ctl
 
 import (
 	"bytes"
-	"cmp"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"sync"
 	"text/tabwriter"
+	"time"
 	"unicode"
 )
 
-// show prints the outcomes in the order of the command line.
-func show(ctx context.Context, hosts []host, outcomes []chan outcome, cmd command, asJSON bool,
-	stdout io.Writer, stderr *lines) error {
-	several := len(hosts) > 1
-	table := [][]string{cmd.heads(several)}
-	answered, unanswered, failed := 0, 0, false
+// view is what an answer looks like: the heads of its table, and the cells below them. Without rows it is
+// text.
+type view struct {
+	heads []string
+	rows  func(answer []byte) ([][]string, error)
+}
 
-	for i, h := range hosts {
-		o := <-outcomes[i]
-		rows, err := parseAnswer(cmd, o.answer)
-		if err == nil { // a /do/ that failed may have an answer as well
-			answered++
-			for _, row := range rows {
-				if several {
-					row = slices.Insert(row, 0, h.name)
-				}
-				table = append(table, slices.Insert(row, 0, fmt.Sprint(len(table)-1)))
-			}
-			if asJSON {
-				if _, err := stdout.Write(formatJSON(o.answer, h.name, several)); err != nil {
-					return err
-				}
-			}
-		}
+var (
+	machineView = view{[]string{"MACHINE", "ACTUAL"}, machineRows}
+	serviceView = view{[]string{"SERVICE", "HASH", "STATE", "INFO", "SINCE", "COMMITTED"}, serviceRows}
+	logView     = view{[]string{"HASH", "WHEN", "BY", "OUTCOME"}, logRows}
+	textView    = view{}
+)
 
-		switch err = cmp.Or(o.err, err); {
-		case err != nil && ctx.Err() != nil:
-			unanswered++
-		case err != nil:
-			failed = true
-			stderr.print("gitopper ctl: " + h.name + ": " + err.Error())
-		}
+func machineRows(answer []byte) (rows [][]string, err error) {
+	var a Machines
+	err = parseAnswer(answer, &a)
+	for _, m := range a.Machines {
+		rows = append(rows, []string{m.Machine, m.Actual})
 	}
+	return rows, err
+}
 
-	if answered > 0 && !asJSON {
-		if err := writeTable(stdout, table); err != nil {
-			return err
+func serviceRows(answer []byte) (rows [][]string, err error) {
+	var a Services
+	err = parseAnswer(answer, &a)
+	for _, s := range a.Services {
+		if s.Pending > 0 {
+			s.Hash += fmt.Sprintf(" +%d", s.Pending)
 		}
+		rows = append(rows, []string{s.Service, s.Hash, s.State, s.StateInfo, s.Change, s.Committed})
 	}
-	if unanswered > 0 {
-		return fmt.Errorf("interrupted: no answer from %d of %d hosts; list service shows how things stand",
-			unanswered, len(hosts))
+	return rows, err
+}
+
+func logRows(answer []byte) (rows [][]string, err error) {
+	var a Log
+	err = parseAnswer(answer, &a)
+	if a.More > 0 {
+		rows = append(rows, []string{"", "", "", fmt.Sprintf("pending: %d more", a.More)})
 	}
-	if failed {
-		return errTold
+	for _, p := range a.Pending {
+		rows = append(rows, []string{fmt.Sprintf("%.8s", p.Hash), p.Date, p.Author, "pending: " + p.Subject})
+	}
+	for _, r := range a.Ran {
+		rows = append(rows, []string{fmt.Sprintf("%.8s", r.Hash), r.When, r.By, r.Outcome})
+	}
+	return rows, err
+}
+
+func parseAnswer(answer []byte, into any) error {
+	err := json.Unmarshal(answer, into)
+	isObject := bytes.HasPrefix(bytes.TrimSpace(answer), []byte("{"))
+	if err == nil && !isObject {
+		err = errors.New("no object")
+	}
+	if err != nil {
+		return fmt.Errorf("the answer makes no sense (%w): is that gitopper?", err)
 	}
 	return nil
 }
 
-func writeTable(out io.Writer, table [][]string) error {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	for _, row := range table {
+// report is what stdout gets in the end: a table, or else the answers one after another.
+type report struct {
+	view
+	several bool // hosts: each is named
+	json    bool
+	cut     bool // to what a terminal shows
+	table   [][]string
+	text    bytes.Buffer
+}
+
+// add takes in an answer.
+func (r *report) add(q question, answer []byte) error {
+	if r.rows == nil {
+		if r.several {
+			fmt.Fprintf(&r.text, "==> %s <==\n", q.host.name)
+		}
+		r.text.WriteString(cleanText(string(answer)))
+		return nil
+	}
+
+	rows, err := r.rows(answer)
+	switch {
+	case err != nil:
+		return err
+	case r.json:
+		r.text.Write(formatJSON(answer, q.host.name, r.several))
+		return nil
+	case r.table == nil:
+		r.table = [][]string{r.row(r.heads, "#", "MACHINE")}
+		if r.heads[0] == "MACHINE" {
+			r.table[0] = r.row(r.heads, "#", "HOST")
+		}
+	}
+	for _, cells := range rows {
+		r.table = append(r.table, r.row(cells, fmt.Sprint(len(r.table)-1), q.host.name))
+	}
+	return nil
+}
+
+// row is a row of the table: its number, the host where there are several, and the cells.
+func (r *report) row(cells []string, number, host string) []string {
+	if r.several {
+		return slices.Concat([]string{number, host}, cells)
+	}
+	return slices.Concat([]string{number}, cells)
+}
+
+// print writes all that was added. On a terminal the table is cut.
+func (r *report) print(out io.Writer) error {
+	for _, row := range r.table {
 		for i := range row {
 			row[i] = clean(row[i])
 		}
+	}
+	width := anyNumber
+	if r.cut {
+		width = columns
+		cutTable(r.table)
+	}
+
+	var aligned strings.Builder
+	w := tabwriter.NewWriter(&aligned, 0, 0, 2, ' ', 0)
+	for _, row := range r.table {
 		fmt.Fprintln(w, strings.Join(row, "\t"))
 	}
-	return w.Flush()
+	w.Flush()
+	for line := range strings.Lines(aligned.String()) {
+		r.text.WriteString(cut(strings.TrimRight(line, " \n"), width) + "\n")
+	}
+	_, err := out.Write(r.text.Bytes())
+	return err
 }
 
-func (c command) heads(several bool) []string {
-	heads, who := []string{"#", "SERVICE", "HASH", "STATE", "INFO", "SINCE"}, "MACHINE"
-	if c.path == "/list/machine" {
-		heads, who = []string{"#", "MACHINE", "ACTUAL"}, "HOST"
-	}
-	if several {
-		heads = slices.Insert(heads, 1, who)
-	}
-	return heads
-}
+const columns = 100 // of a terminal, whatever it says of itself
 
-// parseAnswer returns the cells of the table's rows.
-func parseAnswer(cmd command, answer []byte) ([][]string, error) {
-	var a struct {
-		Machines []Machine `json:"machines"`
-		Services []Service `json:"services"`
+// cutTable makes a table narrower: times lose the day of the week, the seconds and the zone, which is UTC,
+// and INFO what does not fit.
+func cutTable(table [][]string) {
+	if len(table) == 0 {
+		return
 	}
-	err := json.Unmarshal(answer, &a)
-	if err == nil && !bytes.HasPrefix(bytes.TrimSpace(answer), []byte("{")) {
-		err = errors.New("no object")
-	}
-	if err != nil {
-		return nil, fmt.Errorf("the answer makes no sense (%w): is that gitopper?", err)
-	}
-
-	var rows [][]string
-	if cmd.path == "/list/machine" {
-		for _, m := range a.Machines {
-			rows = append(rows, []string{m.Machine, m.Actual})
+	widths := make([]int, len(table[0]))
+	for _, row := range table {
+		for i, cell := range row {
+			if _, err := time.Parse(time.RFC1123, cell); err == nil {
+				row[i] = cell[len("Fri, "):len("Fri, 18 Nov 2022 09:14")]
+			}
+			widths[i] = max(widths[i], len([]rune(row[i])))
 		}
-		return rows, nil
 	}
-	for _, s := range a.Services {
-		rows = append(rows, []string{s.Service, s.Hash, s.State, s.StateInfo, s.Change})
+
+	info, room := slices.Index(table[0], "INFO"), columns
+	for i, width := range widths {
+		if i != info {
+			room -= width + 2
+		}
 	}
-	return rows, nil
+	for _, row := range table {
+		if info >= 0 {
+			row[info] = cut(row[info], max(room, len("INFO")))
+		}
+	}
+}
+
+func cut(s string, most int) string {
+	if runes := []rune(s); len(runes) > most {
+		return string(runes[:most-1]) + "…"
+	}
+	return s
+}
+
+func isTerminal(w io.Writer) bool {
+	f, isFile := w.(*os.File)
+	if !isFile {
+		return false
+	}
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
 // formatJSON returns the answer for -m: unchanged, or for one of several hosts on one line and with the
@@ -141,16 +225,26 @@ func formatJSON(answer []byte, host string, several bool) []byte {
 	return b.Bytes()
 }
 
-// clean makes text from afar safe to show on a terminal.
-func clean(s string) string {
+// clean makes text from afar safe to show on a terminal, on one line.
+func clean(s string) string { return strings.Map(cleanRune, s) }
+
+func cleanRune(r rune) rune {
+	switch {
+	case unicode.IsPrint(r):
+		return r
+	case unicode.IsSpace(r):
+		return ' '
+	}
+	return unicode.ReplacementChar
+}
+
+// cleanText is clean for text of several lines.
+func cleanText(s string) string {
 	return strings.Map(func(r rune) rune {
-		switch {
-		case unicode.IsPrint(r):
+		if r == '\n' || r == '\t' {
 			return r
-		case unicode.IsSpace(r):
-			return ' '
 		}
-		return unicode.ReplacementChar
+		return cleanRune(r)
 	}, s)
 }
 
