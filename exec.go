@@ -166,9 +166,14 @@ func (t *tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// last returns the last few lines as one, of a length that fits an info.
+// last returns the last few lines that are not blank as one, of a length that fits an info.
 func (t *tail) last() string {
-	lines := strings.Split(strings.TrimSpace(strings.ToValidUTF8(string(t.buf), "?")), "\n")
+	var lines []string
+	for line := range strings.Lines(strings.ToValidUTF8(string(t.buf), "?")) {
+		if words := strings.Fields(line); len(words) > 0 {
+			lines = append(lines, strings.Join(words, " "))
+		}
+	}
 	s := redact(unmark(oneLine(strings.Join(lines[max(0, len(lines)-9):], "\n"))))
 	s = advice.ReplaceAllString(s, "")
 	return strings.ToValidUTF8(s[max(0, len(s)-800):], "")

@@ -3,9 +3,14 @@
 package main
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
 	"os"
 	"strings"
 	"testing"
+	"time"
 )
 
 // Units of all kinds, on a real systemd: one whose own unit file comes from the repository, a template
@@ -91,4 +96,177 @@ dirs = [ { local = "/srv/package", link = "nightly" } ]
 	if got := l.show("hello", "NeedDaemonReload"); got != "no" {
 		t.Errorf("NeedDaemonReload=%s", got)
 	}
+}
+
+// Daemons of Debian as they come, each of which takes its config in its own way: a firewall that must never be
+// down, two that reload, one that can't, and one that is no unit.
+func TestLabDaemons(t *testing.T) {
+	l, u := newBareLab(t), newLabUpstream(t)
+	l.firewall()
+	l.unit("once.service", "[Service]\nType=oneshot\nRemainAfterExit=yes\n"+
+		"ExecStart=/bin/sh -c 'cat /srv/once/conf >>/run/once'\n")
+	web, dns := labPort(), labPort()
+	// Its package starts it before there is any other config.
+	l.write("/etc/unbound/unbound.conf.d/port.conf", fmt.Sprintf("server:\n port: %d\n", dns))
+	// The firewall is gitopper's to install.
+	l.run("sh", "-c", "DEBIAN_FRONTEND=noninteractive "+
+		"apt-get install -qq -y --no-install-recommends haproxy unbound dns-root-data cron sudo")
+	l.run("useradd", "--system", "deputy")
+	commit := func(version int) string {
+		t.Helper()
+		return u.commit(map[string]string{
+			"nft/nftables.conf": fmt.Sprintf("table inet lab\nflush table inet lab\ntable inet lab {\n"+
+				" set blocked { type ipv4_addr; elements = { 192.0.2.%d } }\n"+
+				" chain input { type filter hook input priority 0; ip saddr @blocked drop; }\n}\n", version),
+			"cron/probe": fmt.Sprintf("# version %d\n@yearly root true\n", version),
+			"haproxy/haproxy.cfg": fmt.Sprintf("defaults\n mode http\n timeout client 5s\n timeout server 5s\n"+
+				" timeout connect 5s\nfrontend lab\n bind 127.0.0.1:%d\n"+
+				" http-request return status 200 content-type text/plain string v%d\n", web, version),
+			"unbound/lab.conf": fmt.Sprintf("server:\n local-data: \"web.lab. A 192.0.2.%d\"\n", version),
+			"sudo/ops":         fmt.Sprintf("deputy ALL = NOPASSWD: /bin/echo v%d\n", version),
+			"once/conf":        fmt.Sprintln(version),
+		})
+	}
+	config := `
+settle = "100ms"
+[[services]]
+machine = "lab"
+service = "nftables"
+package = "nftables"
+action = "reload"
+check = [ "nft", "-c", "-f", "/etc/nftables.conf" ]
+dirs = [ { local = "/etc/nftables.conf", link = "nft/nftables.conf", file = true } ]
+[[services]]
+machine = "lab"
+service = "cron"
+action = "reload"
+dirs = [ { local = "/etc/cron.d/probe", link = "cron/probe", file = true } ]
+[[services]]
+machine = "lab"
+service = "haproxy"
+action = "reload"
+check = [ "haproxy", "-c", "-f", "/etc/haproxy/haproxy.cfg" ]
+dirs = [ { local = "/etc/haproxy/haproxy.cfg", link = "haproxy/haproxy.cfg", file = true } ]
+[[services]]
+machine = "lab"
+service = "unbound"
+action = "reload"
+check = [ "unbound-checkconf" ]
+dirs = [ { local = "/etc/unbound/unbound.conf.d/lab.conf", link = "unbound/lab.conf", file = true } ]
+[[services]]
+machine = "lab"
+service = "sudoers"
+check = [ "visudo", "-cf", "/etc/sudoers.d/ops" ]
+dirs = [ { local = "/etc/sudoers.d/ops", link = "sudo/ops", file = true } ]
+[[services]]
+machine = "lab"
+service = "once"
+action = "reload"
+dirs = [ { local = "/srv/once", link = "once" } ]
+`
+	resolver := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "udp", fmt.Sprint("127.0.0.1:", dns))
+	}}
+	serve := func(version int) {
+		t.Helper()
+		waitServed(t, web, fmt.Sprint("v", version))
+		labWait(t, time.Minute, fmt.Sprint("unbound serves version ", version), func() error {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			got, err := resolver.LookupHost(ctx, "web.lab.")
+			if err == nil && strings.Join(got, " ") != fmt.Sprint("192.0.2.", version) {
+				err = fmt.Errorf("%q", got)
+			}
+			return err
+		})
+		if got := l.run("setpriv", "--reuid=deputy", "--clear-groups", "sudo", "-n", "echo",
+			fmt.Sprint("v", version)); got != fmt.Sprint("v", version) {
+			t.Errorf("sudo: %q", got)
+		}
+	}
+
+	first := commit(1)
+	l.configure(u, config)
+	l.start()
+	const hint = `cron.service can't be reloaded: use action = "restart"`
+	l.waitState("cron", "BROKEN", hint)
+	all := []string{"nftables", "haproxy", "unbound", "sudoers", "once"}
+	for _, s := range all {
+		l.waitCommit(s, first)
+	}
+	serve(1)
+
+	l.run("nsenter", "--net=/run/firewall", "nft", "add", "element", "inet", "lab", "blocked", "{ 192.0.2.99 }")
+	l.run("systemctl", "start", "guard")
+	labWait(t, time.Minute, "the guard looks", func() error { return l.guarded(1) })
+	before := map[string]string{}
+	for _, s := range []string{"haproxy", "unbound", "cron"} {
+		before[s] = l.show(s, "MainPID")
+	}
+	second := commit(2)
+	for _, s := range all {
+		l.waitCommit(s, second)
+	}
+	serve(2)
+	l.waitState("cron", "BROKEN", hint)
+	looks := l.lines("/run/guard.looks")
+	labWait(t, time.Minute, "the guard looks again", func() error { return l.guarded(looks + 20) })
+	rules := l.run("nsenter", "--net=/run/firewall", "nft", "list", "set", "inet", "lab", "blocked")
+	for _, address := range []string{"192.0.2.1,", "192.0.2.2,", "192.0.2.99 "} {
+		if !strings.Contains(rules, address) {
+			t.Errorf("the set has no %s: %s", address, rules)
+		}
+	}
+	for s, pid := range before {
+		if now := l.show(s, "MainPID"); now != pid {
+			t.Errorf("a reload made process %s of %s from %s", now, s, pid)
+		}
+	}
+	l.waitFile("/run/once", "1\n2\n")
+
+	// Each one's own check keeps out what it would not take.
+	u.commit(map[string]string{"nft/nftables.conf": "table inet lab { chain input { drop everything; } }\n",
+		"haproxy/haproxy.cfg": "frontend lab\n bind nowhere\n", "unbound/lab.conf": "server:\n nonsense\n",
+		"sudo/ops": "deputy may do all\n"})
+	l.waitState("nftables", "DIFF", "syntax error")
+	l.waitState("haproxy", "DIFF", "missing port specification")
+	l.waitState("unbound", "DIFF", "unknown keyword")
+	l.waitState("sudoers", "DIFF", "syntax error")
+	serve(2)
+
+	l.configure(u, strings.Replace(config, `action = "reload"
+dirs = [ { local = "/etc/cron.d`, `action = "restart"
+dirs = [ { local = "/etc/cron.d`, 1))
+	l.run("systemctl", "restart", "gitopper")
+	l.waitState("cron", "OK")
+	if now := l.show("cron", "MainPID"); now == before["cron"] {
+		t.Error("cron was not restarted")
+	}
+	if err := l.guarded(0); err != nil {
+		t.Error(err)
+	}
+}
+
+// firewall has nftables.service work in a network of its own, for the machine's is shared. The unit guard
+// looks in a tight loop whether an address that somebody blocked by hand still is.
+func (l *labHost) firewall() {
+	l.write("/run/firewall", "")
+	l.run("unshare", "--net=/run/firewall", "true")
+	l.write("/etc/systemd/system/nftables.service.d/lab.conf", "[Service]\nNetworkNamespacePath=/run/firewall\n")
+	l.write("/usr/local/bin/guard", `#!/bin/sh
+while nft list set inet lab blocked | grep -q 192.0.2.99; do echo >>/run/guard.looks; done
+echo "after $(wc -l </run/guard.looks) looks the address was not blocked" >/run/guard.gone
+`)
+	l.unit("guard.service", "[Service]\nNetworkNamespacePath=/run/firewall\nExecStart=/usr/local/bin/guard\n")
+}
+
+// guarded says whether the guard has looked that often, and never in vain.
+func (l *labHost) guarded(looks int) error {
+	if gone := l.read("/run/guard.gone"); gone != "" {
+		return errors.New(gone)
+	}
+	if n := l.lines("/run/guard.looks"); n < looks {
+		return fmt.Errorf("%d looks", n)
+	}
+	return nil
 }

@@ -3,9 +3,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"slices"
@@ -46,7 +48,7 @@ var packageManagers = []packageManager{
 	{
 		ids: []string{"fedora", "rhel", "centos"}, database: rpmDatabase,
 		query:   []string{"rpm", "-q", "--"},
-		install: []string{"dnf", "install", "-q", "-y", "--"},
+		install: []string{"dnf", "install", "-y", "--"}, // -q would keep scripts' words from us
 	},
 	{
 		ids: []string{"suse", "opensuse", "sles"}, database: rpmDatabase,
@@ -127,12 +129,14 @@ func (p *packageCheck) ensure(ctx context.Context, name string, step func(string
 
 	step("install " + name)
 	ctx = context.WithoutCancel(ctx)
-	if err := p.manager.add(ctx, name); err != nil {
-		return false, fmt.Errorf("package %s: %w", name, err)
-	}
+	trouble := p.manager.add(ctx, name)
 	added, err = p.has(ctx, name)
-	if !added && err == nil {
-		err = fmt.Errorf("package %s: %s succeeded, but it is not installed", name, p.manager.install[0])
+	switch {
+	case added && trouble != nil: // of another package, or of a script on which its manager does not insist
+		slog.Warn(fmt.Sprintf("package %s is installed, but: %v", name, trouble))
+	case !added:
+		nothing := fmt.Errorf("%s succeeded, but it is not installed", p.manager.install[0])
+		err = fmt.Errorf("package %s: %w", name, cmp.Or(trouble, err, nothing))
 	}
 	return added, err
 }

@@ -53,6 +53,9 @@ func fakePackages(dir, program string, args []string) int {
 		return 100
 	}
 	os.WriteFile(installed, nil, 0o644)
+	if name == "beside-broken" {
+		return 100
+	}
 	return 0
 }
 
@@ -100,8 +103,8 @@ func TestPackageManagers(t *testing.T) {
 		{"Debian", "ID=debian\n", "p", apt + "p"},
 		{"relative of Ubuntu", "ID=\"linuxmint\"\nID_LIKE=\"ubuntu debian\"\n", "needs-lists",
 			apt + "needs-lists\n" + lists + "\n" + apt + "needs-lists"},
-		{"Fedora", "NAME=x\nID=fedora\n", "p", "dnf install -q -y -- p"},
-		{"relative of RHEL", "ID=\"rocky\"\nID_LIKE=\"rhel centos fedora\"", "p", "dnf install -q -y -- p"},
+		{"Fedora", "NAME=x\nID=fedora\n", "p", "dnf install -y -- p"},
+		{"relative of RHEL", "ID=\"rocky\"\nID_LIKE=\"rhel centos fedora\"", "p", "dnf install -y -- p"},
 		{"SUSE", "ID=\"opensuse-leap\"\nID_LIKE=\"suse opensuse\"\n", "p",
 			"zypper --non-interactive install --no-recommends -- p"},
 		{"Arch", "ID=arch\n", "p", "pacman -S --noconfirm --needed -- p"},
@@ -152,6 +155,15 @@ func TestPackageReasons(t *testing.T) {
 				t.Errorf("%q does not say %q", unmark(err.Error()), reason)
 			}
 		}
+	}
+}
+
+// TestPackageBesideTrouble: what is there after all is no trouble, whatever else the manager met.
+func TestPackageBesideTrouble(t *testing.T) {
+	dir := newFakePackages(t)
+	added, err := fakeDebian(t, dir).ensure(context.Background(), "beside-broken", func(string) {})
+	if err != nil || !added {
+		t.Errorf("added %v, %v", added, err)
 	}
 }
 
