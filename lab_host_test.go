@@ -68,6 +68,17 @@ func newBareLab(t *testing.T) *labHost {
 	return bootLab(t, "")
 }
 
+// newLabs boots several hosts as newLab does.
+func newLabs(t *testing.T, n int) (hosts []*labHost) {
+	t.Helper()
+	hosts = append(hosts, newLab(t))
+	for range n - 1 {
+		hosts = append(hosts, bootHost(t, "base"))
+	}
+	return hosts
+}
+
+// bootLab makes what lab tests share, once, and boots a host.
 func bootLab(t *testing.T, base string) *labHost {
 	t.Helper()
 	if testing.Short() {
@@ -108,7 +119,11 @@ func bootLab(t *testing.T, base string) *labHost {
 			t.Skip("no lab host: ", s.baseErr)
 		}
 	}
+	return bootHost(t, base)
+}
 
+func bootHost(t *testing.T, base string) *labHost {
+	t.Helper()
 	l := &labHost{t: t, name: "lab" + strconv.Itoa(labPort()), sshPort: labPort(), metricPort: labPort()}
 	args := []string{l.name}
 	if base != "" {
@@ -129,7 +144,7 @@ func bootLab(t *testing.T, base string) *labHost {
 		}
 		l.fs.Close()
 	})
-	binary, err := os.ReadFile(filepath.Join(s.dir, "gitopper"))
+	binary, err := os.ReadFile(filepath.Join(labShared.dir, "gitopper"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -253,7 +253,8 @@ func (m monitor) serve(ctx context.Context, l net.Listener) {
 	mux.HandleFunc("GET /{$}", m.servePage)
 
 	server := &http.Server{
-		Handler: hardened(mux), ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
+		Handler:     hardened(mux),
+		ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
 		ConnState: closeOldest(64), ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
 	}
 	server.SetKeepAlivesEnabled(false)

@@ -51,11 +51,13 @@ func TestPage(t *testing.T) {
 		return Status{Service: name, State: st.String(), state: st, Change: when, LastLook: time.Now(),
 			Commit: "606eb576bfeea4bcb8d6d6e2d5e5b1d7a1e2a3b4"}
 	}
-	fine, frozen, broken, fresh := of("a", stateOK), of("b", stateFreeze), of("c", stateBroken), of("d", stateDiff)
+	fine, frozen := of("a", stateOK), of("b", stateFreeze)
+	broken, fresh := of("c", stateBroken), of("d", stateDiff)
 	frozen.Pending = 3
 	broken.Public, broken.Info = "check refused it", "check refused it: password = 1234"
 	fresh.Change, fresh.LastLook, fresh.Commit = time.Time{}, time.Time{}, ""
-	got := testPage(t, statusService(fine), statusService(frozen), statusService(broken), statusService(fresh))
+	got := testPage(t,
+		statusService(fine), statusService(frozen), statusService(broken), statusService(fresh))
 
 	row := func(name, state, commit, pending, since, look, info string) string {
 		return `<tr role="row">
@@ -85,18 +87,20 @@ func TestPage(t *testing.T) {
 		t.Error("it tells everybody what is private")
 	}
 	fresh.Refused = "config"
-	if got := testPage(t, statusService(fresh)); !strings.Contains(got, "a newer config or key file is wrong") {
+	got = testPage(t, statusService(fresh))
+	if !strings.Contains(got, "a newer config or key file is wrong") {
 		t.Errorf("with a wrong config upstream: %s", got)
 	}
 }
 
 // hostileWords are what a user, an author or an upstream may have put into what is shown.
-const hostileWords = `</td></table><script>alert(1)</script><img src=x onerror='alert(1)'>"&amp;` + "`\x02\x03\u2028"
+const hostileWords = `</td></table><script>alert(1)</script><img src=x onerror='alert(1)'>"&amp;` +
+	"`\x02\x03\u2028"
 
 // Nothing that others wrote is taken for HTML.
 func TestPageEscapes(t *testing.T) {
-	hostile := statusService(Status{Service: hostileWords, State: "DIFF", Commit: hostileWords, Public: hostileWords,
-		Upstream: hostileWords, Branch: hostileWords, state: stateDiff})
+	hostile := statusService(Status{Service: hostileWords, Commit: hostileWords, Public: hostileWords,
+		Upstream: hostileWords, Branch: hostileWords, State: "DIFF", state: stateDiff})
 	count.note(hostileWords, hostileWords)
 	got := testPage(t, hostile)
 	if n := strings.Count(got, "&lt;script&gt;"); n < 4 {
@@ -186,18 +190,19 @@ func TestPageContrast(t *testing.T) {
 func pictured() []*Service {
 	now := time.Now()
 	look := now.Add(-40 * time.Second)
-	row := func(name string, st state, commit string, since time.Duration, pending int, info string) *Service {
+	row := func(name string, st state, commit string, since time.Duration, pending int,
+		info string) *Service {
 		return statusService(Status{Service: name, State: st.String(), state: st, Commit: commit,
 			Change: now.Add(-since), LastLook: look, waiting: waiting{Pending: pending}, Public: info})
 	}
 	const hour, newest = time.Hour, "606eb576bfeea4bc"
 	return []*Service{
 		row("prometheus", stateOK, newest, 26*hour, 0, ""),
-		row("nginx", stateFreeze, "4f0717cce1d5a3b4", 3*hour, 2, "operator (miek@192.0.2.7): looking at a slow page, "+
-			"until Thu, 26 Nov 2026 23:54:06 UTC"),
+		row("nginx", stateFreeze, "4f0717cce1d5a3b4", 3*hour, 2,
+			"operator (ann@192.0.2.7): looking at a slow page, until Thu, 26 Nov 2026 23:54:06 UTC"),
 		row("sshd", stateOK, newest, 400*hour, 0, ""),
-		row("grafana-server", stateRollback, "3474bda2c0ffee12", 2*time.Second, 0, "ROLLBACK: 3474bda2, operator "+
-			"(miek@192.0.2.7)"),
+		row("grafana-server", stateRollback, "3474bda2c0ffee12", 2*time.Second, 0,
+			"ROLLBACK: 3474bda2, operator (ann@192.0.2.7)"),
 		row("named", stateDiff, newest, 12*time.Minute, 1, "commit efc425ed: check refused it"),
 		row("postfix@out", stateBroken, newest, 5*time.Minute, 0,
 			"unit postfix@out.service is failed (failed, exit-code, main process ended with status 1)"),
@@ -216,7 +221,7 @@ func TestPageInChromium(t *testing.T) {
 		return
 	}
 	count.events = nil // of other tests
-	count.note("grafana-server", "FREEZE -> ROLLBACK ROLLBACK: 3474bda2, operator (miek@192.0.2.7)")
+	count.note("grafana-server", "FREEZE -> ROLLBACK ROLLBACK: 3474bda2, operator (ann@192.0.2.7)")
 	count.note("postfix@out", "OK -> BROKEN unit postfix@out.service is failed (failed, exit-code)")
 	count.note("named", "local edits undone")
 	b := startBrowser(t)
@@ -231,8 +236,8 @@ func TestPageInChromium(t *testing.T) {
 				}
 			}
 
-			hostile := statusService(Status{Service: hostileWords, State: "DIFF", state: stateDiff, Commit: hostileWords,
-				Public: strings.Repeat(hostileWords, 20) + strings.Repeat("x", 5000)})
+			hostile := statusService(Status{Service: hostileWords, State: "DIFF", state: stateDiff,
+				Commit: hostileWords, Public: strings.Repeat(hostileWords, 20) + strings.Repeat("x", 5000)})
 			b.open(servedPage(t, append(pictured(), hostile)), width, height)
 			b.wellShown(t, len(pictured())+1, width)
 		})
@@ -271,7 +276,8 @@ func startBrowser(t *testing.T) *browser {
 		t.Fatal(err)
 	}
 	cmd := exec.Command("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-		"--no-proxy-server", "--force-color-profile=srgb", "--remote-debugging-pipe", "--user-data-dir="+t.TempDir())
+		"--no-proxy-server", "--force-color-profile=srgb", "--remote-debugging-pipe",
+		"--user-data-dir="+t.TempDir())
 	cmd.ExtraFiles = []*os.File{itsIn, itsOut} // its descriptors 3 and 4
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
@@ -408,8 +414,8 @@ func (b *browser) wellShown(t *testing.T, services, width int) {
 			found[n.Role.Value+" "+n.Name.Value]++
 		}
 	}
-	for what, want := range map[string]int{"main": 1, "heading web1": 1, "table Services": 1, "table Last events": 1,
-		"columnheader State": 1, "columnheader Info": 1, "link Metrics": 1, "rowheader prometheus": 1,
+	for what, want := range map[string]int{"main": 1, "heading web1": 1,
+		"table Services": 1, "table Last events": 1, "columnheader State": 1, "columnheader Info": 1, "link Metrics": 1, "rowheader prometheus": 1,
 		"row": services + len(count.lastEvents()) + 2} {
 		if found[what] != want {
 			t.Errorf("a screen reader finds %d times %q, want %d: %v", found[what], what, want, found)
