@@ -4,7 +4,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -289,36 +288,27 @@ func showReadOnly(src place, local string) error {
 }
 
 // readCandidate reads a file as it would be if the candidate were live.
-func (s *Service) readCandidate(c *candidate, name string) ([]byte, error) {
+func (s *Service) readCandidate(ctx context.Context, c *candidate, name string) ([]byte, error) {
 	rel, err := filepath.Rel(s.files.dir, name)
-	if err != nil || strings.HasPrefix(rel, "..") {
-		return os.ReadFile(name)
+	if err != nil {
+		return nil, err
 	}
-	if slices.Contains(c.diff.gone, rel) {
+	b, isInCommit := c.want[rel]
+	switch {
+	case slices.Contains(c.diff.gone, rel):
 		return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist}
+	case !isInCommit:
+		return os.ReadFile(name)
+	case !strings.HasPrefix(b.mode, "100"):
+		return nil, fmt.Errorf("%s: not a regular file", name)
 	}
-	top, err := openOwn(s.files.dir)
+
+	o, err := s.up.open(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer top.close()
-	p, err := top.below(stageDir + "/" + rel)
-	if err != nil {
-		p, err = top.below(rel)
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer p.close()
-	st, err := p.stat()
-	isFile := st.Mode&syscall.S_IFMT == syscall.S_IFREG
-	if err != nil || !isFile {
-		return nil, cmp.Or(err, fmt.Errorf("%s: not a regular file", name))
-	}
-	f, err := os.Open(p.path())
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, 1<<20))
+	defer o.close()
+	var text bytes.Buffer
+	_, err = o.blob(b.id, &bounded{to: &text})
+	return text.Bytes(), err
 }

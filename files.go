@@ -105,12 +105,17 @@ func (d *diff) add(p string, wanted, known bool, there found) {
 // compare looks at the disk: what separates it from want. A file that is as the manifest noted it costs one
 // lstat(2), any other one is read, if it has the size that the manifest knows.
 func (f *files) compare(ctx context.Context, want tree) (diff, error) {
-	var d diff
 	top, err := openOwn(f.dir)
 	if err != nil {
-		return d, err
+		return diff{}, err
 	}
 	defer top.close()
+	return f.compareAt(ctx, top, want)
+}
+
+// compareAt is compare for a directory that was opened.
+func (f *files) compareAt(ctx context.Context, top place, want tree) (diff, error) {
+	var d diff
 	live := &descent{top: top}
 	defer live.close()
 
@@ -581,15 +586,22 @@ func (f *files) prepare(ctx context.Context, known tree) error {
 	}
 	defer top.close()
 
-	if m := f.load(); m.live == (version{}) && len(m.known) == 0 {
-		lost := map[string][]noted{}
-		for p, b := range known {
-			lost[p] = []noted{{b, stamp{size: -1}}}
-		}
-		f.m = newManifest(version{}, m.next, lost)
-	}
+	f.standIn(known)
 	f.settled, f.staged = nil, nil
 	return os.RemoveAll(top.path() + "/" + stageDir)
+}
+
+// standIn has a tree stand in for a manifest that was lost.
+func (f *files) standIn(known tree) {
+	m := f.load()
+	if m.live != (version{}) || len(m.known) > 0 {
+		return
+	}
+	lost := map[string][]noted{}
+	for p, b := range known {
+		lost[p] = []noted{{b, stamp{size: -1}}}
+	}
+	f.m = newManifest(version{}, m.next, lost)
 }
 
 // tree returns what is live by the manifest, for when nothing else is being made live.

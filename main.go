@@ -72,9 +72,6 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if err == nil {
 		err = o.run(ctx, stdout, stderr)
 	}
-	if err != nil && ctx.Err() != nil {
-		err = context.Cause(ctx) // whatever the signal made fail
-	}
 	if end, ok := errors.AsType[ending](err); ok {
 		return end.status
 	}
@@ -126,6 +123,13 @@ func (o options) run(ctx context.Context, stdout, stderr io.Writer) (err error) 
 		}
 		return nil
 	}
+	if o.root && os.Geteuid() != 0 {
+		return errors.New("must be run as root (or with --root=false, for debugging)")
+	}
+	if o.mode == dryMode {
+		setLogger(map[bool]io.Writer{true: stderr, false: io.Discard}[o.debug], o.debug)
+		return dryRun(ctx, o, stdout, stderr)
+	}
 	setLogger(stderr, o.debug)
 	return daemon(ctx, o, stdout)
 }
@@ -155,9 +159,6 @@ type agent struct {
 
 // daemon runs until ctx is done or, with --once, through one pass.
 func daemon(ctx context.Context, o options, stdout io.Writer) error {
-	if o.root && os.Geteuid() != 0 {
-		return errors.New("must be run as root (or with --root=false, for debugging)")
-	}
 	unlock, err := lock(o.stateDir)
 	if err != nil {
 		return err
@@ -187,6 +188,9 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 	err = a.work(stdout)
 	a.end(err) // what was started ends, too, whatever the error
 	a.tasks.Wait()
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx) // whatever the signal made fail
+	}
 	return err
 }
 
@@ -206,7 +210,7 @@ func (a *agent) work(stdout io.Writer) error {
 		return err
 	}
 
-	services, upstreams := a.assemble(c)
+	services, upstreams := a.assemble(c, a.stateDir)
 	a.mount(c, services, upstreams)
 	for _, w := range c.warnings(a.options) {
 		slog.Warn(w)
@@ -268,7 +272,7 @@ func (a *agent) load() (*config, error) {
 // bootstrap gets our own config from upstream, as often as it takes.
 func (a *agent) bootstrap() (c *config, err error) {
 	u := newUpstream(a.stateDir, a.upstream, "")
-	own := a.newOwn(u)
+	own := a.newOwn(u, a.stateDir)
 	startCounters([]*Service{own})
 	a.services.Store(&[]*Service{own})
 	err = a.persist(a.interval, func() error {
@@ -289,8 +293,8 @@ func (a *agent) bootstrap() (c *config, err error) {
 }
 
 // newOwn makes the service gitopper, whose commits must hold a right config.
-func (a *agent) newOwn(u *upstream) *Service {
-	own := newService(a.ownSpec(), a.stateDir, u, a.interval, a.stop)
+func (a *agent) newOwn(u *upstream, stateDir string) *Service {
+	own := newService(a.ownSpec(), stateDir, u, a.interval, a.stop)
 	own.signers = own.rec.Signers // before there is a config, of the one that ran last
 	own.gate = func(read func(string) ([]byte, error)) error {
 		_, err := loadConfig(a.options, read)
@@ -300,18 +304,18 @@ func (a *agent) newOwn(u *upstream) *Service {
 }
 
 // assemble makes the services of the config, and the upstreams that they share.
-func (a *agent) assemble(c *config) (services []*Service, upstreams []*upstream) {
+func (a *agent) assemble(c *config, stateDir string) (services []*Service, upstreams []*upstream) {
 	made := map[[2]string]*upstream{}
 	get := func(url, user string) *upstream {
 		k := [2]string{url, user}
 		if made[k] == nil {
-			made[k] = newUpstream(a.stateDir, url, user)
+			made[k] = newUpstream(stateDir, url, user)
 			upstreams = append(upstreams, made[k])
 		}
 		return made[k]
 	}
 	if a.upstream != "" {
-		own := a.newOwn(get(a.upstream, ""))
+		own := a.newOwn(get(a.upstream, ""), stateDir)
 		own.signers, own.rec.Signers = c.signers, c.signers
 		if err := own.save(); err != nil {
 			slog.Error(fmt.Sprintf("gitopper: %v", err))
@@ -319,7 +323,7 @@ func (a *agent) assemble(c *config) (services []*Service, upstreams []*upstream)
 		services = append(services, own)
 	}
 	for _, sp := range c.services {
-		services = append(services, newService(sp, a.stateDir, get(sp.upstream, sp.user), a.interval, a.stop))
+		services = append(services, newService(sp, stateDir, get(sp.upstream, sp.user), a.interval, a.stop))
 	}
 	for _, s := range services {
 		for _, other := range services {
@@ -350,18 +354,24 @@ func (a *agent) mount(c *config, services []*Service, upstreams []*upstream) {
 	mountFirst(a.stop.soft, services)
 }
 
-// onePass is --once: every service is looked at and brought to what it should be, side by side.
-func (a *agent) onePass(services []*Service, upstreams []*upstream, stdout io.Writer) error {
-	ctx := a.stop.soft
-	var looks, passes sync.WaitGroup
+// lookAtAll looks at upstreams side by side, and again where that failed: alone it is no trouble yet.
+func lookAtAll(ctx context.Context, upstreams []*upstream) {
+	var looks sync.WaitGroup
 	for _, u := range upstreams {
 		looks.Go(func() {
 			if u.lookNow(ctx, false) != nil {
-				_ = u.lookNow(ctx, false) // one that fails alone is no trouble yet
+				_ = u.lookNow(ctx, false)
 			}
 		})
 	}
 	looks.Wait()
+}
+
+// onePass is --once: every service is looked at and brought to what it should be, side by side.
+func (a *agent) onePass(services []*Service, upstreams []*upstream, stdout io.Writer) error {
+	ctx := a.stop.soft
+	lookAtAll(ctx, upstreams)
+	var passes sync.WaitGroup
 	for _, s := range services {
 		passes.Go(func() { s.pass(ctx) })
 	}

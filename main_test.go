@@ -32,11 +32,11 @@ func TestMain(m *testing.M) {
 		os.Exit(fakeSystemctl(os.Getenv("FAKE"), os.Args[1:]))
 	case base == "journalctl":
 		os.Exit(fakeJournalctl(os.Getenv("FAKE")))
-	case os.Getenv("FAKE_PACKAGES") != "" && !strings.HasSuffix(base, ".test"):
-		os.Exit(fakePackages(os.Getenv("FAKE_PACKAGES"), base, os.Args[1:]))
 	case len(os.Args) > 1 && os.Args[1] == checkChild, os.Getenv("AS_GITOPPER") != "":
 		os.Unsetenv("AS_GITOPPER")
 		main()
+	case os.Getenv("FAKE_PACKAGES") != "" && !strings.HasSuffix(base, ".test"):
+		os.Exit(fakePackages(os.Getenv("FAKE_PACKAGES"), base, os.Args[1:]))
 	}
 	if os.Getenv("TEST_NAMESPACE") == "" {
 		os.Setenv("GORACE", "atexit_sleep_ms=0") // a second for each of the programs that this binary is

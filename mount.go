@@ -293,9 +293,8 @@ func (t *mountTable) mount(service string, w shown, uid int) (err error) {
 	}
 	defer dst.close()
 	for _, p := range []place{src, dst} {
-		if (p.kind() == syscall.S_IFDIR) != (w.Kind == aDirectory) {
-			many := map[kind]string{aFile: "files", aDirectory: "directories"}[w.Kind]
-			return fmt.Errorf("they must both be %s: move %s away, or change file", many, w.Local)
+		if err := fits(p.kind() == syscall.S_IFDIR, w.Kind, w.Local); err != nil {
+			return err
 		}
 	}
 
@@ -317,6 +316,15 @@ func (t *mountTable) mount(service string, w shown, uid int) (err error) {
 	}
 	slog.Info(fmt.Sprintf("%s: mounted %s on %s", service, w.Link, w.Local))
 	return nil
+}
+
+// fits is an error where a link or its local, which is a directory or is not, can't be of that kind.
+func fits(isDir bool, k kind, local string) error {
+	if isDir == (k == aDirectory) {
+		return nil
+	}
+	many := map[kind]string{aFile: "files", aDirectory: "directories"}[k]
+	return fmt.Errorf("they must both be %s: move %s away, or change file", many, local)
 }
 
 // source opens the link, following nothing that others than root can have made.

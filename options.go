@@ -20,6 +20,7 @@ import (
 
 const usage = `usage: gitopper [OPTION]... -c CONFIG           the daemon
        gitopper --check -c CONFIG               read the config, print every mistake, and exit
+       gitopper --dry-run -c CONFIG             print what a pass would do, and exit
        gitopper ctl [OPTION]... COMMAND...      the client; see gitopper ctl --help
        gitopper --help | --version
        gitopper --unit [OPTION]...              print a systemd unit that runs this binary with these options
@@ -35,6 +36,7 @@ const usage = `usage: gitopper [OPTION]... -c CONFIG           the daemon
   -o, --root            insist on root (default true)
   -t, --duration D      time between looks at upstream, plus a random part of up to half of it (default 5m)
       --once            one pass over all services, a line for each; status 0 if all are OK or FREEZE, else 1
+  -n, --dry-run         print what a pass would do, a line each, and do nothing of it
       --check           read the config, print every mistake, and exit
 
 bootstrapping, with the config in a repository:
@@ -44,7 +46,7 @@ bootstrapping, with the config in a repository:
   -M, --mount DIR       where the checkout goes: DIR/gitopper; -c is then relative to directory D in it
   -P, --pull            bring an existing checkout up to date before reading the config
 
-Exit status: 0 normal end, 1 error, 2 SIGHUP seen or, with -r, a new config.
+Exit status: 0 normal end, 1 error, 2 SIGHUP seen or, with -r, a new config, 3 something is to be done (-n).
 `
 
 // mode is what the program is to do: the name of the option that asks for it; empty is the daemon.
@@ -52,6 +54,7 @@ type mode string
 
 const (
 	onceMode      mode = "once"
+	dryMode       mode = "dry-run"
 	checkMode     mode = "check"
 	unitMode      mode = "unit"
 	alertsMode    mode = "alerts"
@@ -60,7 +63,7 @@ const (
 	helpMode      mode = "help"
 )
 
-var modes = []mode{onceMode, checkMode, unitMode, alertsMode, dashboardMode, versionMode, helpMode}
+var modes = []mode{onceMode, dryMode, checkMode, unitMode, alertsMode, dashboardMode, versionMode, helpMode}
 
 // options are what the command line asks for.
 type options struct {
@@ -116,7 +119,7 @@ func parseOptions(args []string) (o options, err error) {
 		o.config = absolute(o.config)
 	}
 	fl.Visit(func(f *flag.Flag) {
-		if !slices.Contains(modes, mode(f.Name)) {
+		if f.Name != "n" && !slices.Contains(modes, mode(f.Name)) {
 			o.given = append(o.given, "-"+f.Name+"="+f.Value.String())
 		}
 	})
@@ -149,13 +152,6 @@ func (o *options) flags() *flag.FlagSet {
 	fl.StringVar(&o.branch, "branch", "main", "")
 	fl.StringVar(&o.mount, "mount", "", "")
 	fl.BoolVar(&o.pull, "pull", false, "")
-	for short, long := range map[string]string{
-		"h": "hosts", "c": "config", "s": "ssh", "m": "metric", "k": "hostkey", "d": "debug",
-		"r": "restart", "o": "root", "t": "duration",
-		"U": "upstream", "D": "directory", "B": "branch", "M": "mount", "P": "pull",
-	} {
-		fl.Var(fl.Lookup(long).Value, short, "")
-	}
 	for _, m := range modes {
 		fl.BoolFunc(string(m), "", func(value string) error {
 			is, err := strconv.ParseBool(value)
@@ -164,6 +160,13 @@ func (o *options) flags() *flag.FlagSet {
 			}
 			return err
 		})
+	}
+	for short, long := range map[string]string{
+		"h": "hosts", "c": "config", "s": "ssh", "m": "metric", "k": "hostkey", "d": "debug",
+		"r": "restart", "o": "root", "t": "duration", "n": "dry-run",
+		"U": "upstream", "D": "directory", "B": "branch", "M": "mount", "P": "pull",
+	} {
+		fl.Var(fl.Lookup(long).Value, short, "")
 	}
 	return fl
 }

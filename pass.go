@@ -68,6 +68,9 @@ func (s *Service) ensurePackage(ctx context.Context) error {
 	if s.pkg == "" {
 		return nil
 	}
+	if s.plan != nil {
+		return s.planPackage(ctx)
+	}
 	// Others' installs may rightly take hours: the watchdog's end of us would be the end of the package
 	// manager.
 	s.deadline.Store(0)
@@ -112,15 +115,26 @@ func (s *Service) ensureReady(ctx context.Context) error {
 		}
 	}
 	s.within(10 * time.Minute)
-	if err := s.files.prepare(ctx, known); err != nil {
+	if err := s.prepare(ctx, known); err != nil {
 		return err
 	}
 	s.facts.ready = true
 	return nil
 }
 
+// prepare makes the directory the service's.
+func (s *Service) prepare(ctx context.Context, known tree) error {
+	if s.plan != nil {
+		return s.planDirectory(known)
+	}
+	return s.files.prepare(ctx, known)
+}
+
 // sweep takes away the mounts that earlier configs wanted, and has systemd forget the units that lay in them.
 func (s *Service) sweep(ctx context.Context) error {
+	if s.plan != nil {
+		return s.planUnmounts()
+	}
 	gone, err := s.rec.Mounts.sweep(s.service, s.files.dir, s.dirs, s.save)
 	if err != nil {
 		return brokenError{err}
@@ -298,7 +312,7 @@ func (s *Service) verify(ctx context.Context, commit string, live version) error
 func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err error) {
 	s.within(fetchLimit + localLimit)
 	if s.files.pending() {
-		if err := s.files.prepare(ctx, nil); err != nil {
+		if err := s.prepare(ctx, nil); err != nil {
 			return nil, err
 		}
 	}
@@ -309,7 +323,11 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	} else if c.want, err = s.up.tree(ctx, v.Commit, s.dirs); err != nil {
 		return nil, err
 	}
-	if c.diff, err = s.files.compare(ctx, c.want); err != nil {
+	compare := s.files.compare
+	if s.plan != nil {
+		compare = s.planCompare
+	}
+	if c.diff, err = compare(ctx, c.want); err != nil {
 		return nil, err
 	}
 	if s.rec.Pin != nil && !s.rec.Pin.Undo {
@@ -323,8 +341,8 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	}
 
 	s.within(missingLimit)
-	if err := s.up.fetchMissing(ctx, c.want); err != nil {
-		return nil, err
+	if err := s.up.fetchMissing(ctx, c.want); err != nil || s.plan != nil {
+		return c, err
 	}
 	o, err := s.up.open(ctx)
 	if err != nil {
@@ -339,12 +357,16 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 // missing, for a mount needs a place.
 func (s *Service) precheck(ctx context.Context, c *candidate) error {
 	if s.gate != nil {
-		read := func(name string) ([]byte, error) { return s.readCandidate(c, name) }
+		read := func(name string) ([]byte, error) { return s.readCandidate(ctx, c, name) }
 		if err := s.gate(read); err != nil {
 			return &refusal{Reason: "config", Info: fmt.Sprintf("commit %.8s: %v", c.Commit, err)}
 		}
 	}
 	if len(s.check) == 0 {
+		return nil
+	}
+	if s.plan != nil {
+		s.plan.add("check %s", strings.Join(s.check, " "))
 		return nil
 	}
 	if err := s.rec.Mounts.makeTargets(s.dirs, s.files.acct, s.save); err != nil {
@@ -366,6 +388,9 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	out.edited = c.edited
 	if len(out.edited) > 0 && (s.last == nil || !slices.Equal(s.last.edited, out.edited)) {
 		slog.Warn(fmt.Sprintf("%s: edited here: %s", s.service, someOf(out.edited)))
+	}
+	if s.plan != nil {
+		return s.planBring(ctx, c)
 	}
 	before, changes := s.files.live(), c.diff.changes()
 	if changes > 0 || c.Content != before.Content || s.files.pending() {
@@ -403,11 +428,15 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	return nil
 }
 
+// showsWrong says whether a local does not show its link.
+func (s *Service) showsWrong(d dir) bool {
+	return d.local != "" && !shows(s.files.dir, d.link, d.local)
+}
+
 // showLinks makes every local show its link. The record forgets first that the unit was told of content in
 // this boot, if a mount is to change.
 func (s *Service) showLinks(content string) error {
-	isWrong := func(d dir) bool { return d.local != "" && !shows(s.files.dir, d.link, d.local) }
-	if slices.ContainsFunc(s.dirs, isWrong) {
+	if slices.ContainsFunc(s.dirs, s.showsWrong) {
 		s.facts.mounted = 0
 		if s.rec.Told.Boot == bootID() {
 			if err := s.retell(content); err != nil {

@@ -40,6 +40,11 @@ func (f *files) takeDirectory() error {
 			return err
 		}
 	}
+	if isFresh(top) {
+		if err := syscall.Mkdirat(top.fd, ourDir, 0o700); err != nil {
+			return fmt.Errorf("%s/%s: %w", f.dir, ourDir, err)
+		}
+	}
 	if !f.isLaidOut(top) {
 		err := f.startAnew()
 		if err == nil {
@@ -66,13 +71,16 @@ func (f *files) startAnew() error {
 	return f.m.write(f.manifest)
 }
 
-// isLaidOut says whether a directory is ours to work in. An empty one of root's is made so.
+// isFresh says whether a directory is an empty one of root's.
+func isFresh(top place) bool {
+	names, err := top.names(1)
+	return err == nil && len(names) == 0 && top.rootsAlone()
+}
+
+// isLaidOut says whether a directory is ours to work in.
 func (f *files) isLaidOut(top place) bool {
 	if !top.rootsAlone() {
 		return false
-	}
-	if names, err := top.names(1); err == nil && len(names) == 0 {
-		return syscall.Mkdirat(top.fd, ourDir, 0o700) == nil
 	}
 	ours, err := top.below(ourDir)
 	if err != nil {
@@ -118,10 +126,7 @@ func (f *files) takeOver(parent place, base string, old place) error {
 	defer fresh.close()
 
 	for _, l := range f.outerLinks() {
-		mode := map[kind]uint32{aDirectory: syscall.S_IFDIR, aFile: syscall.S_IFREG}[l.kind]
-		if err := moveOver(old, fresh, l.link, func(st syscall.Stat_t) bool {
-			return st.Mode&syscall.S_IFMT == mode && int(st.Uid) == f.acct.uid
-		}); err != nil {
+		if err := moveOver(old, fresh, l.link, f.isUsers(l.kind)); err != nil {
 			return fmt.Errorf("move %s: %w", l.link, err)
 		}
 	}
@@ -136,6 +141,14 @@ func (f *files) takeOver(parent place, base string, old place) error {
 		return err
 	}
 	return renameat2(parent, base, parent, base+".new", renameExchange)
+}
+
+// isUsers says of what is found at a link whether it is the user's, and of the right kind.
+func (f *files) isUsers(k kind) func(syscall.Stat_t) bool {
+	mode := map[kind]uint32{aDirectory: syscall.S_IFDIR, aFile: syscall.S_IFREG}[k]
+	return func(st syscall.Stat_t) bool {
+		return st.Mode&syscall.S_IFMT == mode && int(st.Uid) == f.acct.uid
+	}
 }
 
 // freshDir opens base.new, made unless it is there and root's.

@@ -110,9 +110,6 @@ type packageCheck struct {
 // as when the package was there nobody is asked. It waits for others' installs until ctx is done; an install
 // under way is finished, and at its time limit only asked to end. Errors hold private words.
 func (p *packageCheck) ensure(ctx context.Context, name string, step func(string)) (added bool, err error) {
-	if err := p.findManager(); err != nil {
-		return false, fmt.Errorf("package %s: %w", name, err)
-	}
 	if ok, err := p.has(ctx, name); ok || err != nil {
 		return false, err
 	}
@@ -158,6 +155,9 @@ func (p *packageCheck) findManager() error {
 
 // has says whether the package is there.
 func (p *packageCheck) has(ctx context.Context, name string) (bool, error) {
+	if err := p.findManager(); err != nil {
+		return false, fmt.Errorf("package %s: %w", name, err)
+	}
 	m := p.manager
 	now := m.changed() // before the package is asked for, lest a change in between is missed
 	if !now.IsZero() && now.Equal(p.seen) {

@@ -15,23 +15,19 @@ import (
 // serve tells the unit of what it has not seen, watches it settle, and else looks whether it is still up.
 func (s *Service) serve(ctx context.Context, v version) error {
 	now := told{version: v, Boot: bootID()}
-	isTold := s.rec.Told.Content == v.Content
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case s.action == "":
 		return s.settled(now)
-	case isTold && s.rec.Told.Boot != now.Boot:
-		var err error
-		if isTold, err = s.toldByBoot(ctx); err != nil {
-			return err
-		}
 	}
+	isTold, err := s.isTold(ctx, v.Content)
 	switch {
+	case err != nil:
+		return err
 	case !isTold:
 		s.within(actionLimit + localLimit)
-		hasUnits := slices.ContainsFunc(s.dirs, func(d dir) bool { return inUnitDir(d.local) })
-		verb, err := tell(s.stop.hard, s.service, s.action, hasUnits, s.step)
+		verb, err := tell(s.stop.hard, s.service, s.action, s.hasUnits(), s.step)
 		if err != nil {
 			return err
 		}
@@ -44,7 +40,7 @@ func (s *Service) serve(ctx context.Context, v version) error {
 
 	s.step("settle")
 	s.within(s.settle)
-	err := s.watch(ctx)
+	err = s.watch(ctx)
 	switch {
 	case err == nil:
 		return s.settled(now)
@@ -52,6 +48,22 @@ func (s *Service) serve(ctx context.Context, v version) error {
 		s.untell() // not done before it is seen to have worked
 	}
 	return err
+}
+
+// hasUnits says whether systemd reads unit files of the service's.
+func (s *Service) hasUnits() bool {
+	return slices.ContainsFunc(s.dirs, func(d dir) bool { return inUnitDir(d.local) })
+}
+
+// isTold says whether the unit has seen content in this boot.
+func (s *Service) isTold(ctx context.Context, content string) (bool, error) {
+	switch {
+	case s.rec.Told.Content != content:
+		return false, nil
+	case s.rec.Told.Boot == bootID():
+		return true, nil
+	}
+	return s.toldByBoot(ctx)
 }
 
 // toldByBoot says whether the unit became active in this boot after the mounts were made, and so on what they

@@ -18,12 +18,10 @@ import (
 // Service is one managed service. All fields without an atomic type belong to its goroutine, see run.
 type Service struct {
 	spec
-	up       *upstream
-	files    files
-	stop     stopping
-	stateDir string
-	interval time.Duration
-	gate     func(read func(string) ([]byte, error)) error // judges a candidate of our own config; else nil
+	shared
+	up    *upstream
+	files files
+	gate  func(read func(string) ([]byte, error)) error // judges a candidate of our own config; else nil
 
 	rec      record
 	saved    []byte   // what is on disk of rec
@@ -38,6 +36,14 @@ type Service struct {
 	status   atomic.Pointer[Status]
 	unit     atomic.Pointer[unit] // as seen at the last round
 	deadline atomic.Int64         // Unix time by which the step under way should end; 0: idle, or an install
+}
+
+// shared is what all services of a process have in common.
+type shared struct {
+	stateDir string
+	interval time.Duration
+	stop     stopping
+	plan     *plan // of a dry run, which tells what would be done; nil: it is done
 }
 
 // facts are what was found out, and is not asked again while nothing fails.
@@ -81,7 +87,7 @@ type request struct {
 // on the host, but that a record which can't be read is moved aside.
 func newService(sp spec, stateDir string, up *upstream, interval time.Duration, stop stopping) *Service {
 	s := &Service{
-		spec: sp, up: up, stop: stop, stateDir: stateDir, interval: interval,
+		spec: sp, up: up, shared: shared{stateDir, interval, stop, nil},
 		files: files{
 			dir:      filepath.Join(sp.mount, sp.service),
 			manifest: manifestFile(stateDir, sp.service),
@@ -447,6 +453,19 @@ func restoreMounts(stateDir string) {
 // retireRecords takes away the mounts of services that have left the config. Checkout and record stay for
 // their return.
 func retireRecords(stateDir string, services []*Service) {
+	for _, s := range retired(stateDir, services) {
+		s.untell()
+		if _, err := s.rec.Mounts.sweep(s.service, "", nil, s.save); err != nil {
+			slog.Error(fmt.Sprintf("%s: left the config: %v", s.service, err))
+			continue
+		}
+		slog.Info(s.service + ": left the config: its mounts are gone, its unit is not called, " +
+			"its checkout stays")
+	}
+}
+
+// retired returns the services that have left the config, as far as there are mounts of theirs.
+func retired(stateDir string, services []*Service) (gone []*Service) {
 	names, _ := filepath.Glob(recordFile(stateDir, "*"))
 	for _, file := range names {
 		name := strings.TrimSuffix(filepath.Base(file), ".json")
@@ -461,14 +480,10 @@ func retireRecords(stateDir string, services []*Service) {
 		if len(rec.Mounts.Shown) == 0 && len(rec.Mounts.Made) == 0 {
 			continue
 		}
-		s := &Service{spec: spec{service: name}, stateDir: stateDir, rec: rec, saved: data}
-		s.untell()
-		if _, err := s.rec.Mounts.sweep(name, "", nil, s.save); err != nil {
-			slog.Error(fmt.Sprintf("%s: left the config: %v", name, err))
-			continue
-		}
-		slog.Info(name + ": left the config: its mounts are gone, its unit is not called, its checkout stays")
+		s := &Service{spec: spec{service: name}, shared: shared{stateDir: stateDir}, rec: rec, saved: data}
+		gone = append(gone, s)
 	}
+	return gone
 }
 
 // watchUnits asks systemd every interval for the state of all services' units, in one go, and hands each what

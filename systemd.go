@@ -262,10 +262,8 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 	if u.LoadState != "loaded" {
 		return "", errors.New(u.describe())
 	}
-	if strings.Contains(name, "@") {
-		if err := enable(ctx, name); err != nil {
-			return "", err
-		}
+	if err := enable(ctx, name); err != nil {
+		return "", err
 	}
 	if u.ActiveState == "reloading" { // an action of ours was killed, and the next would wait behind it
 		_ = cancelJob(ctx, name)
@@ -305,12 +303,20 @@ func loadUnit(ctx context.Context, name string, reload bool) (unit, error) {
 
 // enable makes an instance of a template start at boot, if nobody decided otherwise.
 func enable(ctx context.Context, name string) error {
-	out, _ := systemctl(ctx, localLimit, "is-enabled", "--", name) // its exit status only repeats the word
-	if strings.TrimSpace(string(out)) != "disabled" {
+	if !isDisabled(ctx, name) {
 		return nil
 	}
 	_, err := systemctl(ctx, localLimit, "enable", "--", name)
 	return err
+}
+
+// isDisabled says whether a template's instance is to be enabled.
+func isDisabled(ctx context.Context, name string) bool {
+	if !strings.Contains(name, "@") {
+		return false
+	}
+	out, _ := systemctl(ctx, localLimit, "is-enabled", "--", name) // its exit status only repeats the word
+	return strings.TrimSpace(string(out)) == "disabled"
 }
 
 // verbFor is the systemctl verb that makes u run with today's files: action where that can be done.
