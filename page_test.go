@@ -117,14 +117,19 @@ func TestPageEscapes(t *testing.T) {
 func TestPageEvents(t *testing.T) {
 	w := okWorld(t)
 	for i := range maxEvents {
-		w.s.event(slog.LevelInfo, fmt.Sprintf("event %d", i)+quote(": secret"))
+		text := fmt.Sprintf("event %d https://ann:secret@example.org", i)
+		w.s.event(slog.LevelInfo, text+quote(": secret"))
 	}
 	w.commit("etc/app.conf", "two\n")
 	w.reconcile()
 	w.write("local/etc/app.conf", "edited\n")
 	w.reconcile()
 
-	_, events, _ := strings.Cut(testPage(t), "Last events")
+	page := testPage(t)
+	_, events, _ := strings.Cut(page, "Last events")
+	if strings.Contains(events, "secret") || !strings.Contains(page, "none for this host") {
+		t.Error(page)
+	}
 	cell := regexp.MustCompile(`<td role="cell" class="words">([^<]+)`)
 	var got []string
 	for _, m := range cell.FindAllStringSubmatch(events, -1) {
@@ -132,7 +137,7 @@ func TestPageEvents(t *testing.T) {
 	}
 	want := []string{"local edits undone", w.head()[:8] + " is live"}
 	for i := range maxEvents - len(want) {
-		want = append(want, fmt.Sprint("event ", maxEvents-1-i))
+		want = append(want, redact(fmt.Sprintf("event %d https://ann:secret@example.org", maxEvents-1-i)))
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)
