@@ -51,8 +51,10 @@ type files struct {
 	m       *manifest        // as on disk, with what was learned since; nil: not read yet
 	staged  map[string]noted // by stage, for publish
 	settled *manifest        // by publish, for clear: what the manifest will be
+	cut     bool             // a publish was cut short before the manifest was read
 	unknown int64            // bytes of files whose size is not known that may still be read
 	full    shortage         // of the last stage that failed for want of space
+	worn    worn             // as the .git for people was last found to be right
 }
 
 // shortage is what a stage lacked.
@@ -105,9 +107,10 @@ func (d *diff) add(p string, wanted, known bool, there found) {
 // compare looks at the disk: what separates it from want. A file that is as the manifest noted it costs one
 // lstat(2), any other one is read, if it has the size that the manifest knows.
 func (f *files) compare(ctx context.Context, want tree) (diff, error) {
-	top, err := openOwn(f.dir)
+	// Whose the directories above are is asked by stage and publish, before anything is changed.
+	top, err := placeAt(-1, f.dir)
 	if err != nil {
-		return diff{}, err
+		return diff{}, fmt.Errorf("%s: %w", f.dir, err)
 	}
 	defer top.close()
 	return f.compareAt(ctx, top, want)
@@ -561,6 +564,7 @@ func (f *files) load() *manifest {
 		if f.m, err = readManifest(f.manifest); err != nil {
 			f.m = newManifest(version{}, version{}, map[string][]noted{})
 		}
+		f.cut = lexists(f.dir + "/" + publishDir)
 	}
 	return f.m
 }
@@ -570,7 +574,7 @@ func (f *files) live() version { return f.load().live }
 
 // pending says that a publish was begun and not finished.
 func (f *files) pending() bool {
-	return f.load().pending() || lexists(f.dir+"/"+publishDir)
+	return f.load().pending() || f.cut
 }
 
 // prepare makes the directory, takes over one of an older gitopper or of another user, and throws away what a

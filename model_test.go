@@ -52,9 +52,9 @@ type fuse struct {
 	left atomic.Int32
 }
 
-func newFuse(n int) *fuse {
+func newFuse(parent context.Context, n int) *fuse {
 	f := &fuse{}
-	f.Context, f.end = context.WithCancel(context.Background())
+	f.Context, f.end = context.WithCancel(parent)
 	f.left.Store(int32(n))
 	return f
 }
@@ -365,12 +365,14 @@ func (m *model) must(hash string) bool {
 // cut has a pass end in the middle, as a kill does or somebody who is in a hurry.
 func (m *model) cut() {
 	n := 1 + m.rnd.IntN(80)
-	soft, hard := newFuse(n), newFuse(1<<30)
+	soft, hard := n, 1<<30
 	if m.rnd.IntN(2) == 0 {
-		soft, hard = hard, newFuse(n/2)
+		soft, hard = hard, n/2
 	}
 	s, steps := m.s, m.rnd.IntN(9)
-	s.stop.hard = hard
+	atHard := newFuse(context.Background(), hard)
+	atSoft := newFuse(atHard.Context, soft) // as in life, where what ends hard has ended softly
+	s.stop.hard = atHard
 	s.step = func(name string) {
 		if steps--; steps == 0 {
 			m.say("killed at %s", name)
@@ -380,8 +382,8 @@ func (m *model) cut() {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		_ = m.up.lookNow(soft, false)
-		s.pass(soft)
+		_ = m.up.lookNow(atSoft, false)
+		s.pass(atSoft)
 	}()
 	<-ended
 	m.say("cut after %d", n)
@@ -522,10 +524,9 @@ func (m *model) checkOurs() {
 			m.t.Errorf("manifest: %s is %v, want %s", p, known, id)
 		}
 	}
-	data, err := os.ReadFile(recordFile(m.dir+"/state", m.spec.service))
-	rec, _, err2 := readRecord(recordFile(m.dir+"/state", m.spec.service))
-	if err != nil || err2 != nil || !bytes.Equal(data, m.s.saved) {
-		m.t.Errorf("the record is not the service's: %v, %v", err, err2)
+	rec, data, err := readRecord(recordFile(m.dir+"/state", m.spec.service))
+	if err != nil || !bytes.Equal(data, m.s.saved) {
+		m.t.Errorf("the record is not the service's: %v", err)
 	}
 	isTold := rec.Told.Content == mf.live.Content
 	if fails := m.isBad(commit); isTold == fails {

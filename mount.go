@@ -83,6 +83,15 @@ func (t *mountTable) show(
 	return changed, errs
 }
 
+// areShown says that every local of dirs shows its link of the checkout, and that the table names just that.
+func (t *mountTable) areShown(checkout string, dirs []dir) bool {
+	return !slices.ContainsFunc(wantedShows(checkout, dirs), func(w shown) bool {
+		isOther := func(s shown) bool { return s.Local == w.Local && s != w }
+		isNamed := slices.Contains(t.Shown, w) && !slices.ContainsFunc(t.Shown, isOther)
+		return !isNamed || !shows(checkout, w.Link, w.Local)
+	})
+}
+
 // name puts wants into the table, each as the last entry for its local. The others, whose mounts may still be
 // there, leave it only when the local shows the right one.
 func (t *mountTable) name(wants []shown, right map[shown]bool) {

@@ -25,8 +25,10 @@ type candidate struct {
 // reconcile is one pass between what is wanted (the config, and upstream's commit or the pin) and what is
 // there. It may be ended by ctx or killed at any point: the next one goes on from what it finds.
 func (s *Service) reconcile(ctx context.Context) (out outcome) {
-	if out.err = s.save(); out.err != nil { // where nothing can be remembered, nothing is changed
-		return out
+	if s.saved == nil { // where nothing can be remembered, nothing is changed
+		if out.err = s.save(); out.err != nil {
+			return out
+		}
 	}
 	s.endFreeze()
 	if out.err = s.ensurePackage(ctx); out.err != nil {
@@ -234,18 +236,20 @@ func (s *Service) today(ctx context.Context, v, live version) (version, error) {
 	if v.Commit == "" || s.isOfToday(v) {
 		return v, nil
 	}
-	if v.Commit == live.Commit && s.isOfToday(live) {
-		return live, nil
+	for _, known := range []version{live, s.facts.tip} {
+		if v.Commit == known.Commit && s.isOfToday(known) {
+			return known, nil
+		}
 	}
 	content, err := s.up.content(ctx, v.Commit, s.dirs)
-	v.Content = linksKey(s.dirs)[:8] + "-" + content
+	v.Content = s.links[:8] + "-" + content
 	return v, err
 }
 
 // isOfToday says whether a version's content is that of today's links. Contents begin with a digest of the
 // links.
 func (s *Service) isOfToday(v version) bool {
-	return strings.HasPrefix(v.Content, linksKey(s.dirs)[:8]+"-")
+	return strings.HasPrefix(v.Content, s.links[:8])
 }
 
 // rest is where to stay when upstream's commit is not to be had: on what runs, unless that itself was taken
@@ -436,6 +440,9 @@ func (s *Service) showsWrong(d dir) bool {
 // showLinks makes every local show its link. The record forgets first that the unit was told of content in
 // this boot, if a mount is to change.
 func (s *Service) showLinks(content string) error {
+	if s.rec.Mounts.areShown(s.files.dir, s.dirs) {
+		return nil
+	}
 	if slices.ContainsFunc(s.dirs, s.showsWrong) {
 		s.facts.mounted = 0
 		if s.rec.Told.Boot == bootID() {

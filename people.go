@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // takeDirectory makes the service's directory, root's down to the links. One that is not so (an older
@@ -232,16 +233,38 @@ func (f *files) setAside(parent place, name, base string) error {
 
 // isDressed says whether the .git for people is that of commit, and was written to the end: HEAD is last.
 func (f *files) isDressed(commit, objects string) bool {
-	want := map[string]string{
-		"HEAD": commit + "\n", "objects/info/alternates": objects + "\n", "info/sparse-checkout": f.sparse(),
+	now := worn{commit: commit}
+	for i, name := range wornNames {
+		var st syscall.Stat_t
+		if err := syscall.Lstat(f.dir+"/.git/"+name, &st); err != nil {
+			return false
+		}
+		now.files[i] = stampOf(&st)
 	}
-	for name, right := range want {
-		text, err := readPlain(f.dir + "/.git/" + name)
+	if now == f.worn {
+		return true
+	}
+
+	for i, right := range []string{commit + "\n", objects + "\n", f.sparse()} {
+		text, err := readPlain(f.dir + "/.git/" + wornNames[i])
 		if err != nil || string(text) != right {
 			return false
 		}
 	}
+	isYoung := func(s stamp) bool { return time.Since(time.Unix(0, s.ctime)) < youngest }
+	if !slices.ContainsFunc(now.files[:], isYoung) { // else it is read again
+		f.worn = now
+	}
 	return true
+}
+
+// wornNames are the files of the .git for people that are looked at in each pass.
+var wornNames = [...]string{"HEAD", "objects/info/alternates", "info/sparse-checkout"}
+
+// worn is a .git for people: the commit that it shows, and what lstat(2) said of its wornNames.
+type worn struct {
+	commit string
+	files  [len(wornNames)]stamp
 }
 
 // readPlain reads a file where somebody may have put a pipe, which is an error.

@@ -25,6 +25,8 @@ const (
 	readRegular   = syscall.O_RDONLY | syscall.O_NOFOLLOW | syscall.O_NONBLOCK | syscall.O_CLOEXEC
 	createNew     = syscall.O_WRONLY | syscall.O_CREAT | syscall.O_EXCL | syscall.O_CLOEXEC // follows no link
 
+	atSymlinkNoFollow = 0x100
+
 	renameNoReplace = 1
 	renameExchange  = 2
 	fSetLease       = 1024
@@ -320,8 +322,21 @@ func notThere(err error) bool {
 
 // lstat is lstat(2) of a name in a directory that is held.
 func (p place) lstat(name string) (st syscall.Stat_t, err error) {
-	err = syscall.Lstat(p.path()+"/"+name, &st)
-	return st, err
+	// The way through /proc takes six times as long, and a round does this for each file of each service.
+	number, ok := map[string]uintptr{"amd64": 262, "arm64": 79, "riscv64": 79}[runtime.GOARCH]
+	if !ok {
+		return st, syscall.Lstat(p.path()+"/"+name, &st)
+	}
+	at, err := syscall.BytePtrFromString(name)
+	if err != nil {
+		return st, err
+	}
+	_, _, e := syscall.Syscall6(number, uintptr(p.fd), uintptr(unsafe.Pointer(at)),
+		uintptr(unsafe.Pointer(&st)), atSymlinkNoFollow, 0, 0)
+	if e != 0 {
+		return st, e
+	}
+	return st, nil
 }
 
 // openFile opens a regular file that others may have replaced by anything, be it a link or a pipe.

@@ -390,6 +390,7 @@ func (f *files) clear(ctx context.Context) (kept []string, err error) {
 		}
 		f.m, f.settled, f.staged = f.settled, nil, nil
 	}
+	f.cut = false
 	if err := f.prune(ctx, ours); err != nil && ctx.Err() == nil {
 		slog.Warn(err.Error())
 	}

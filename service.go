@@ -19,12 +19,13 @@ import (
 type Service struct {
 	spec
 	shared
+	links string // the linksKey of its dirs
 	up    *upstream
 	files files
 	gate  func(read func(string) ([]byte, error)) error // judges a candidate of our own config; else nil
 
 	rec      record
-	saved    []byte   // what is on disk of rec
+	saved    []byte   // what is on disk of rec, without the indents; nil: nothing, or that is not known
 	last     *outcome // of the last pass; nil before the first, and since a rollback was asked for
 	packages packageCheck
 	facts    facts
@@ -87,7 +88,7 @@ type request struct {
 // on the host, but that a record which can't be read is moved aside.
 func newService(sp spec, stateDir string, up *upstream, interval time.Duration, stop stopping) *Service {
 	s := &Service{
-		spec: sp, up: up, shared: shared{stateDir, interval, stop, nil},
+		spec: sp, links: linksKey(sp.dirs), up: up, shared: shared{stateDir, interval, stop, nil},
 		files: files{
 			dir:      filepath.Join(sp.mount, sp.service),
 			manifest: manifestFile(stateDir, sp.service),

@@ -213,7 +213,7 @@ func manifestFile(stateDir, service string) string {
 	return filepath.Join(stateDir, "services", service+".files")
 }
 
-// readRecord reads a record, and returns the file as it is, too.
+// readRecord reads a record, and returns the text of it, too, as saved has it.
 func readRecord(file string) (rec record, data []byte, err error) {
 	data, err = os.ReadFile(file)
 	if err != nil {
@@ -229,7 +229,9 @@ func readRecord(file string) (rec record, data []byte, err error) {
 	if err := json.Unmarshal(data, &rec); err != nil {
 		return record{}, data, err
 	}
-	return rec, data, nil
+	var text bytes.Buffer
+	err = json.Compact(&text, data)
+	return rec, text.Bytes(), err
 }
 
 // firstRecord reads what the first gitopper that kept records remembered: the commits are enough, contents
@@ -287,16 +289,20 @@ func (s *Service) loadRecord() {
 
 // save writes the record if it changed.
 func (s *Service) save() error {
-	data, err := json.MarshalIndent(&s.rec, "", "\t")
+	data, err := json.Marshal(&s.rec)
 	if err != nil {
 		return err
 	}
 	if bytes.Equal(data, s.saved) {
 		return nil
 	}
-	if err := writeFile(recordFile(s.stateDir, s.service), data); err != nil {
-		err = fmt.Errorf("record: %w: no file is changed until it can be written", err)
-		return brokenError{recordError{err}}
+	var lines bytes.Buffer
+	if err := json.Indent(&lines, data, "", "\t"); err != nil {
+		return err
+	}
+	if err := writeFile(recordFile(s.stateDir, s.service), lines.Bytes()); err != nil {
+		s.saved = nil
+		return unwritten(err)
 	}
 	s.saved = data
 	return nil
@@ -497,7 +503,8 @@ func (s *Service) refuse(v version, f *refusal) *refusal {
 // settled remembers that what is live is good.
 func (s *Service) settled(now told) error {
 	s.noteOutcome(stateOK.String())
-	if s.rec.Told.Content != now.Content || s.rec.Told.Boot != now.Boot {
+	wasTold := s.rec.Told.Content == now.Content && s.rec.Told.Boot == now.Boot
+	if !wasTold {
 		s.rec.Told = now
 	}
 	if s.rec.Good.Content != now.Content {
@@ -507,6 +514,8 @@ func (s *Service) settled(now told) error {
 		if err := s.up.keep(s.service, s.rec.ran()); err != nil {
 			slog.Warn(fmt.Sprintf("%s: %v", s.service, err))
 		}
+	} else if wasTold {
+		return nil
 	}
 	return s.save()
 }
