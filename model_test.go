@@ -524,8 +524,8 @@ func (m *model) checkOurs() {
 			m.t.Errorf("manifest: %s is %v, want %s", p, known, id)
 		}
 	}
-	rec, data, err := readRecord(recordFile(m.dir+"/state", m.spec.service))
-	if err != nil || !bytes.Equal(data, m.s.saved) {
+	rec, saved, err := readRecord(recordFile(m.dir+"/state", m.spec.service))
+	if err != nil || !bytes.Equal(saved.rest, m.s.saved.rest) {
 		m.t.Errorf("the record is not the service's: %v", err)
 	}
 	isTold := rec.Told.Content == mf.live.Content

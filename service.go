@@ -25,7 +25,7 @@ type Service struct {
 	gate  func(read func(string) ([]byte, error)) error // judges a candidate of our own config; else nil
 
 	rec      record
-	saved    []byte   // what is on disk of rec, without the indents; nil: nothing, or that is not known
+	saved    savedRecord
 	last     *outcome // of the last pass; nil before the first, and since a rollback was asked for
 	packages packageCheck
 	facts    facts
@@ -473,7 +473,7 @@ func retired(stateDir string, services []*Service) (gone []*Service) {
 		if slices.ContainsFunc(services, func(s *Service) bool { return s.service == name }) {
 			continue
 		}
-		rec, data, err := readRecord(file)
+		rec, saved, err := readRecord(file)
 		if err != nil {
 			slog.Error(fmt.Sprintf("%s: left the config, its record is broken, mounts stay: %v", name, err))
 			continue
@@ -481,7 +481,7 @@ func retired(stateDir string, services []*Service) (gone []*Service) {
 		if len(rec.Mounts.Shown) == 0 && len(rec.Mounts.Made) == 0 {
 			continue
 		}
-		s := &Service{spec: spec{service: name}, shared: shared{stateDir: stateDir}, rec: rec, saved: data}
+		s := &Service{spec: spec{service: name}, shared: shared{stateDir: stateDir}, rec: rec, saved: saved}
 		gone = append(gone, s)
 	}
 	return gone

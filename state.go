@@ -170,7 +170,7 @@ type record struct {
 	Good    version    // the last one on which the unit settled
 	Suspect *suspect   `json:",omitempty"`
 	Refused []refusal  `json:",omitempty"` // the newest last, 20 at most
-	Ran     []ran      `json:",omitempty"` // what went live here, the newest last, see lastRan
+	Ran     []ran      `json:"-"`          // in recordText; what went live here, the newest last, see lastRan
 	Newest  newest     // for signers
 	Mounts  mountTable // what is mounted where, and what was made for it
 	Signers string     `json:",omitempty"` // bootstrap: those of the config that ran last
@@ -213,25 +213,40 @@ func manifestFile(stateDir, service string) string {
 	return filepath.Join(stateDir, "services", service+".files")
 }
 
-// readRecord reads a record, and returns the text of it, too, as saved has it.
-func readRecord(file string) (rec record, data []byte, err error) {
-	data, err = os.ReadFile(file)
+// recordText is a record as it is on disk.
+type recordText struct {
+	*record
+	Ran []ran `json:",omitempty"`
+}
+
+// savedRecord is what is known to be on disk of a record, to tell whether it changed: what ran, which is
+// long, and the JSON of the rest. The rest is nil where nothing is known.
+type savedRecord struct {
+	rest []byte
+	ran  []ran
+}
+
+// readRecord reads a record. Of one that is to be written anew nothing counts as saved.
+func readRecord(file string) (rec record, saved savedRecord, err error) {
+	data, err := os.ReadFile(file)
 	if err != nil {
-		return rec, nil, err
+		return rec, saved, err
 	}
 	var is struct{ Row *json.RawMessage } // which the first ones had not, and a Newest of another type
 	if err := json.Unmarshal(data, &is); err != nil {
-		return rec, data, err
+		return rec, saved, err
 	}
 	if is.Row == nil {
-		return firstRecord(data), data, nil
+		return firstRecord(data), saved, nil
 	}
-	if err := json.Unmarshal(data, &rec); err != nil {
-		return record{}, data, err
+	text := recordText{record: &rec}
+	if err := json.Unmarshal(data, &text); err != nil {
+		return record{}, saved, err
 	}
-	var text bytes.Buffer
-	err = json.Compact(&text, data)
-	return rec, text.Bytes(), err
+	rec.Ran = text.Ran
+	saved.ran = slices.Clone(rec.Ran)
+	saved.rest, err = json.Marshal(&rec)
+	return rec, saved, err
 }
 
 // firstRecord reads what the first gitopper that kept records remembered: the commits are enough, contents
@@ -265,9 +280,9 @@ func firstRecord(data []byte) (rec record) {
 // what runs.
 func (s *Service) loadRecord() {
 	file := recordFile(s.stateDir, s.service)
-	rec, data, err := readRecord(file)
+	rec, saved, err := readRecord(file)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
-		s.rec, s.saved = rec, data
+		s.rec, s.saved = rec, saved
 		return
 	}
 
@@ -289,22 +304,22 @@ func (s *Service) loadRecord() {
 
 // save writes the record if it changed.
 func (s *Service) save() error {
-	data, err := json.Marshal(&s.rec)
+	rest, err := json.Marshal(&s.rec)
 	if err != nil {
 		return err
 	}
-	if bytes.Equal(data, s.saved) {
+	if bytes.Equal(rest, s.saved.rest) && slices.Equal(s.rec.Ran, s.saved.ran) {
 		return nil
 	}
-	var lines bytes.Buffer
-	if err := json.Indent(&lines, data, "", "\t"); err != nil {
+	text, err := json.MarshalIndent(recordText{&s.rec, s.rec.Ran}, "", "\t")
+	if err != nil {
 		return err
 	}
-	if err := writeFile(recordFile(s.stateDir, s.service), lines.Bytes()); err != nil {
-		s.saved = nil
+	s.saved = savedRecord{}
+	if err := writeFile(recordFile(s.stateDir, s.service), text); err != nil {
 		return unwritten(err)
 	}
-	s.saved = data
+	s.saved = savedRecord{rest, slices.Clone(s.rec.Ran)}
 	return nil
 }
 
