@@ -245,7 +245,7 @@ func (m monitor) serve(ctx context.Context, l net.Listener) {
 	})
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		if stuck := healthy(m.services()); len(stuck) > 0 {
-			http.Error(w, "stuck: "+strings.Join(stuck, " "), http.StatusServiceUnavailable)
+			http.Error(w, "stuck: "+someOf(stuck), http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(w, "ok")

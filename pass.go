@@ -390,9 +390,6 @@ func (s *Service) precheck(ctx context.Context, c *candidate) error {
 // the one way, whoever wants it. Each step does nothing where nothing is to be done.
 func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	out.edited = c.edited
-	if len(out.edited) > 0 && (s.last == nil || !slices.Equal(s.last.edited, out.edited)) {
-		slog.Warn(fmt.Sprintf("%s: edited here: %s", s.service, someOf(out.edited)))
-	}
 	if s.plan != nil {
 		return s.planBring(ctx, c)
 	}
@@ -486,13 +483,12 @@ func (s *Service) keepEdits(c *candidate) error {
 	if err != nil {
 		return err
 	}
-	for _, p := range kept {
-		if s.files.wasAlien(c.diff, p) {
-			slog.Warn(fmt.Sprintf("%s: somebody's own was in the way of a commit, kept as %s", s.service, p))
-		}
+	isOwn := func(p string) bool { return s.files.wasAlien(c.diff, p) }
+	undone := slices.DeleteFunc(slices.Clone(kept), isOwn)
+	owns := slices.DeleteFunc(kept, func(p string) bool { return !isOwn(p) })
+	if len(owns) > 0 {
+		slog.Warn(fmt.Sprintf("%s: somebody's own was in the way of a commit, kept as %s", s.service, someOf(owns)))
 	}
-	isAlien := func(p string) bool { return s.files.wasAlien(c.diff, p) }
-	undone := slices.DeleteFunc(kept, isAlien)
 	if len(undone) > 0 || len(c.diff.edited) > 0 {
 		n := max(len(undone), len(c.diff.edited)) // a file that was removed leaves nothing to keep
 		count.addFloat("gitopper_service_drift_total", labels("service", s.service), float64(n))

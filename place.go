@@ -105,7 +105,8 @@ func walkPlace(to string, check func(place) error,
 		var next place
 		next, err = placeAt(p.fd, name)
 		if missing != nil && err == syscall.ENOENT {
-			if err = missing(p, name, len(rest) == 0); err == nil {
+			err = missing(p, name, len(rest) == 0)
+			if err == nil || err == syscall.EEXIST { // made by another service just now
 				next, err = placeAt(p.fd, name)
 			}
 		}

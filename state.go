@@ -450,13 +450,18 @@ func levelOf(st state) slog.Level {
 	return slog.LevelInfo
 }
 
-// someOf joins the first of a list of names, and tells how many there are if that is not all of them.
+// someOf joins the first of a list of names, 10 at most and about 1000 bytes, and tells how many there are if
+// that is not all of them.
 func someOf(names []string) string {
-	const most = 10
-	if len(names) <= most {
-		return strings.Join(names, " ")
+	n, text := 0, ""
+	for n < min(10, len(names)) && len(text) < 1000 {
+		text = strings.TrimPrefix(text+" "+names[n], " ")
+		n++
 	}
-	return fmt.Sprintf("%s and %d more", strings.Join(names[:most], " "), len(names)-most)
+	if n < len(names) {
+		text += fmt.Sprintf(" and %d more", len(names)-n)
+	}
+	return text
 }
 
 // judge names everything but the commit that decides whether it is refused for reason.
@@ -510,9 +515,7 @@ func (s *Service) refuse(v version, f *refusal) *refusal {
 		s.rec.Refused = slices.Clone(s.rec.Refused[n-20:])
 	}
 	count.add("gitopper_service_refused_total", labels("service", s.service, "reason", f.Reason))
-	slog.Error(fmt.Sprintf("%s: refused (%s): %s", s.service, f.Reason, f.Info),
-		"commit", fmt.Sprintf("%.8s", v.Commit), "running", fmt.Sprintf("%.8s", s.files.live().Commit))
-	return f
+	return f // it is logged with the state that it leads to
 }
 
 // settled remembers that what is live is good.
