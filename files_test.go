@@ -695,6 +695,7 @@ func TestFilesDress(t *testing.T) {
 	if out := git("-C", b.dir, "status", "--porcelain"); out != "M a/f" {
 		t.Errorf("%q", out)
 	}
+	os.Remove(b.dir + "/.git/index.lock")
 	git("-C", b.dir, "stash", "-q")
 	if err := dress(); err != nil || git("-C", b.dir, "stash", "list") == "" {
 		t.Error("the stash is gone", err)

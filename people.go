@@ -231,20 +231,35 @@ func (f *files) setAside(parent place, name, base string) error {
 	return fmt.Errorf("%s.before.*: %w", f.dir, fs.ErrExist)
 }
 
+// lockText is in the lock file that keeps root's git from changing the index, and with it from writing: that
+// would be a way for the service's user to be root. A directory that is a link the next moment sends what is
+// written anywhere, and a forged tree makes a submodule of a directory of theirs, where git runs what they
+// say.
+const lockText = "gitopper: root's git does not write here, for files and objects are another user's.\n" +
+	"Local edits are in " + editsDir + ". To change the repository, clone it.\n"
+
+// locks returns whether the .git for people in a directory has that lock, and whether it is to have it.
+func (f *files) locks(git string) (has, wants bool) {
+	text, _ := readPlain(git + "/index.lock")
+	return string(text) == lockText, f.acct.uid != os.Getuid()
+}
+
 // isDressed says whether the .git for people is that of commit, and was written to the end: HEAD is last.
 func (f *files) isDressed(commit, objects string) bool {
 	now := worn{commit: commit}
 	for i, name := range wornNames {
 		var st syscall.Stat_t
-		if err := syscall.Lstat(f.dir+"/.git/"+name, &st); err != nil {
-			return false
+		if err := syscall.Lstat(f.dir+"/.git/"+name, &st); err == nil {
+			now.files[i] = stampOf(&st)
 		}
-		now.files[i] = stampOf(&st)
 	}
 	if now == f.worn {
 		return true
 	}
 
+	if has, wants := f.locks(f.dir + "/.git"); has != wants {
+		return false
+	}
 	for i, right := range []string{commit + "\n", objects + "\n", f.sparse()} {
 		text, err := readPlain(f.dir + "/.git/" + wornNames[i])
 		if err != nil || string(text) != right {
@@ -259,7 +274,7 @@ func (f *files) isDressed(commit, objects string) bool {
 }
 
 // wornNames are the files of the .git for people that are looked at in each pass.
-var wornNames = [...]string{"HEAD", "objects/info/alternates", "info/sparse-checkout"}
+var wornNames = [...]string{"HEAD", "objects/info/alternates", "info/sparse-checkout", "index.lock"}
 
 // worn is a .git for people: the commit that it shows, and what lstat(2) said of its wornNames.
 type worn struct {
@@ -354,10 +369,25 @@ func (f *files) fillGit(ctx context.Context, top place, name, commit, objects st
 			return err
 		}
 	}
+	if err := f.setLock(git); err != nil {
+		return err
+	}
 	if err := f.makeIndex(ctx, git, filepath.Join(f.dir, name), commit); err != nil {
 		return err
 	}
 	return writeFile(git+"/HEAD", []byte(commit+"\n"))
+}
+
+// setLock makes the lock of root's git, or takes it away.
+func (f *files) setLock(git string) error {
+	has, wants := f.locks(git)
+	switch {
+	case has == wants:
+		return nil
+	case wants:
+		return writeFile(git+"/index.lock", []byte(lockText))
+	}
+	return os.Remove(git + "/index.lock")
 }
 
 // makeIndex makes an index of commit with our own git: it checks paths when it makes an index, not when it
