@@ -149,6 +149,15 @@ scrape_configs:
 	u.commit(map[string]string{"app/conf": labGone, "README": "no app here"})
 	main.waitState("app", "DIFF", `link "app" is missing`)
 
+	for l, want := range map[*labHost]string{
+		main: "OK -&gt; DIFF", canary: "local edits undone", frozen: `<span class="state FREEZE">`,
+	} {
+		page, err := labGet(fmt.Sprintf("http://127.0.0.1:%d/", l.metricPort))
+		if err != nil || !strings.Contains(page, want) {
+			t.Errorf("the page of %s has no %s: %v: %s", l.name, want, err, page)
+		}
+	}
+
 	board := main.run("gitopper", "--dashboard")
 	variables := strings.NewReplacer("$instance", ".*", "$service", ".*", "$__rate_interval", "1m")
 	for _, query := range dashboardQueries(t, board) {

@@ -77,13 +77,18 @@ func TestAlertsPleasePromtool(t *testing.T) {
 		t.Fatalf("--alerts: status %d: %s", status, stderr)
 	}
 	dir := t.TempDir()
-	tests, err := os.ReadFile("testdata/alerts_test.yml")
-	err = cmp.Or(err, os.WriteFile(dir+"/alerts.yml", []byte(rules), 0o644),
-		os.WriteFile(dir+"/alerts_test.yml", tests, 0o644))
+	tests, err1 := os.ReadFile("testdata/alerts_test.yml")
+	readme, err2 := os.ReadFile("README.md")
+	_, config, _ := strings.Cut(string(readme), "```yaml\nscrape_configs:")
+	config, _, _ = strings.Cut(config, "```")
+	err := cmp.Or(err1, err2, os.WriteFile(dir+"/alerts.yml", []byte(rules), 0o644),
+		os.WriteFile(dir+"/alerts_test.yml", tests, 0o644),
+		os.WriteFile(dir+"/prometheus.yml", []byte("rule_files: [ alerts.yml ]\nscrape_configs:"+config), 0o644))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, args := range [][]string{{"check", "rules", "alerts.yml"}, {"test", "rules", "alerts_test.yml"}} {
+	for _, args := range [][]string{{"check", "rules", "alerts.yml"}, {"test", "rules", "alerts_test.yml"},
+		{"check", "config", "prometheus.yml"}} {
 		cmd := exec.Command("promtool", args...)
 		cmd.Dir = dir
 		if out, err := cmd.CombinedOutput(); err != nil {
