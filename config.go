@@ -19,6 +19,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/BurntSushi/toml"
@@ -77,57 +78,11 @@ func (k kind) String() string {
 	return "directory"
 }
 
-// What follows are the tables of the file as they stand there, over the defaults.
-
-type rawConfig struct {
-	Global   toml.Primitive   `toml:"global"`
-	Services []toml.Primitive `toml:"services"`
-}
-
-type rawDefaults struct {
-	Upstream string     `toml:"upstream"`
-	Branch   string     `toml:"branch"`
-	Mount    string     `toml:"mount"`
-	User     string     `toml:"user"`
-	Action   string     `toml:"action"`
-	Fallback bool       `toml:"fallback"`
-	Settle   settleTime `toml:"settle"`
-	Signers  string     `toml:"signers"`
-}
-
-type rawGlobal struct {
-	rawDefaults
-	Keys []toml.Primitive `toml:"keys"`
-}
-
-type rawKey struct {
-	Path string `toml:"path"`
-	Ro   bool   `toml:"ro"`
-}
-
-type rawService struct {
-	rawDefaults
-	Machine string           `toml:"machine"`
-	Service string           `toml:"service"`
-	Package string           `toml:"package"`
-	Check   []string         `toml:"check"`
-	Dirs    []toml.Primitive `toml:"dirs"`
-}
-
-type rawDir struct {
-	Local string   `toml:"local"`
-	Link  string   `toml:"link"`
-	File  bool     `toml:"file"`
-	Mode  fileMode `toml:"mode"`
-	Group string   `toml:"group"`
-}
-
-func (r *rawService) spec() spec {
-	return spec{
-		upstream: r.Upstream, branch: r.Branch, mount: r.Mount,
-		machine: r.Machine, service: r.Service, user: r.User, pkg: r.Package,
-		action: r.Action, check: r.Check, fallback: r.Fallback, settle: time.Duration(r.Settle),
-		signers: r.Signers,
+// defaults returns where the values of the options go that [global] has, too.
+func (s *spec) defaults() map[string]any {
+	return map[string]any{
+		"upstream": &s.upstream, "branch": &s.branch, "mount": &s.mount, "user": &s.user, "action": &s.action,
+		"fallback": &s.fallback, "settle": (*settleTime)(&s.settle), "signers": &s.signers,
 	}
 }
 
@@ -171,6 +126,7 @@ func loadConfig(o options, read func(string) ([]byte, error)) (*config, error) {
 	p := parser{
 		c:    &config{files: map[string]string{file: string(text)}},
 		file: file, text: string(text), stateDir: o.stateDir, names: o.names, read: read,
+		seen: map[string]int{},
 	}
 	if o.upstream != "" {
 		p.entries = []spec{o.ownSpec()}
@@ -194,7 +150,8 @@ type parser struct {
 	read     func(string) ([]byte, error)
 	entries  []spec
 	errs     []error
-	global   []mistake // what is wrong with the defaults
+	global   mistakes       // what is wrong with the defaults
+	seen     map[string]int // by an option's key: in how many tables it was
 }
 
 func (p *parser) errorf(format string, args ...any) {
@@ -202,38 +159,52 @@ func (p *parser) errorf(format string, args ...any) {
 }
 
 func (p *parser) parse() {
-	var top toml.Primitive
+	var top, global toml.Primitive
+	var services []toml.Primitive
 	var err error
 	if p.md, err = toml.Decode(p.text, &top); err != nil {
 		p.errorf("%w", placed(p.text, err))
 		return
 	}
-	var raw rawConfig
-	p.take(spot{name: "top level"}, top, &raw)
-
-	defaults := rawDefaults{Branch: "main", Fallback: true, Settle: settleTime(3 * time.Second)}
-	global := rawGlobal{rawDefaults: defaults}
-	where := spot{"[global]", []step{{`^[ \t]*\[[ \t]*global[ \t]*\]`, nextTable, 0}}}
-	wrong := p.take(where, raw.Global, &global)
-	p.keys(where, global.Keys, wrong)
-	p.c.signers = global.Signers
-
-	// As if nothing were missing.
-	sample := rawService{rawDefaults: global.rawDefaults, Machine: "m", Service: "s"}
-	sample.Upstream, sample.Mount = cmp.Or(sample.Upstream, "/u"), cmp.Or(sample.Mount, "/m")
-	s := sample.spec()
-	p.global = s.validate(p.stateDir, p.file)
-	p.tell(where.name, p.global, wrong)
-
-	for i, entry := range raw.Services {
-		p.service(i, entry, global.rawDefaults)
+	p.take(spot{name: "top level"}, top, map[string]any{"global": &global, "services": &services})
+	defaults := spec{branch: "main", fallback: true, settle: 3 * time.Second}
+	p.defaults(global, &defaults)
+	for i, entry := range services {
+		p.service(i, entry, defaults)
 	}
 	p.conflicts()
 }
 
+// defaults reads [global], and judges its defaults as those of an entry that lacks nothing.
+func (p *parser) defaults(global toml.Primitive, s *spec) {
+	where := spot{"[global]", "global."}
+	var keys []toml.Primitive
+	options := s.defaults()
+	options["keys"] = &keys
+	wrong := p.take(where, global, options)
+	p.keys(where, keys, wrong)
+	p.c.signers = s.signers
+
+	sample := *s
+	sample.machine, sample.service = "m", "s"
+	sample.upstream, sample.mount = cmp.Or(s.upstream, "/u"), cmp.Or(s.mount, "/m")
+	if slices.Contains(wrong, "upstream") {
+		s.upstream = sample.upstream // nothing is missing in the entries
+	}
+	if slices.Contains(wrong, "mount") {
+		s.mount = sample.mount
+	}
+	p.global = sample.validate(p.stateDir, p.file)
+	p.tell(where.name, p.global, wrong)
+}
+
+var (
+	atEnd  = regexp.MustCompile(`EOF;|end of file|'\\x00'`)
+	atRune = regexp.MustCompile(`but got |invalid escape`)
+)
+
 // placed gives a syntax error the line and column of the first character that can't stand where it does;
-// columns count characters. The decoder's own line is one too far at the end of a line, and its offset may be
-// that of what it read last.
+// columns count characters. The decoder tells where what it read begins, and how long that is.
 func placed(text string, err error) error {
 	var perr toml.ParseError
 	if !errors.As(err, &perr) {
@@ -242,15 +213,17 @@ func placed(text string, err error) error {
 	at := max(0, min(perr.Position.Start, len(text)))
 	end := max(at, min(at+perr.Position.Len, len(text)))
 	switch m := perr.Message; {
-	case strings.Contains(m, "EOF"), strings.Contains(m, "end of file"),
-		strings.Contains(m, `'\x00' instead`):
-		perr.Message = strings.Replace(m, `'\x00' instead`, "end of file", 1)
+	case atEnd.MatchString(m):
+		perr.Message = strings.Replace(m, `'\x00'`, "end of file", 1)
 		at = len(strings.TrimRight(text, "\r\n"))
-	case strings.HasSuffix(m, " instead"):
+	case atRune.MatchString(m):
 		_, size := utf8.DecodeLastRuneInString(text[at:end])
 		at = max(0, end-size)
+	case strings.Contains(m, "control characters"):
+		at += max(0, strings.IndexFunc(text[at:], unicode.IsControl))
+	case strings.Contains(m, "UTF-8"):
+		at += max(0, strings.IndexRune(text[at:], utf8.RuneError))
 	}
-
 	return errors.New(position(text, at) + perr.Message)
 }
 
@@ -262,109 +235,96 @@ func position(text string, at int) string {
 	return fmt.Sprintf("line %d, column %d: ", line, column)
 }
 
-// spot is a table of the file: how messages call it, and how it is found in the text.
-type spot struct {
-	name string
-	way  []step
-}
-
-// step finds the nth match (from 0) of a pattern in what is left of the text, which then begins behind it and
-// ends before the next match of until.
-type step struct {
-	pattern, until string
-	n              int
-}
-
-const nextTable = `^[ \t]*\[`
+// spot is a table of the file: how messages call it, and its key.
+type spot struct{ name, key string }
 
 // inner is the nth table of a list of tables that is an option of sp.
 func (sp spot) inner(option string, n int) spot {
-	list, element := step{pattern: `^[ \t]*` + option + `[ \t]*=[ \t]*`}, step{`\{`, `\}`, n}
-	return spot{fmt.Sprintf("%s: %s[%d]", sp.name, option, n), slices.Concat(sp.way, []step{list, element})}
+	return spot{fmt.Sprintf("%s: %s[%d]", sp.name, option, n), sp.key + option + "."}
 }
 
-// find returns the position of a value of the wrong type, for the decoder does not tell it. A file that is
-// written in an unusual way (quoted names, dotted tables) has none.
-func (p *parser) find(way ...step) string {
-	if len(way) == 0 {
-		return ""
-	}
-	text, at := p.text, 0
-	for _, s := range way {
-		found := regexp.MustCompile("(?im)"+s.pattern).FindAllStringIndex(text[at:], s.n+1)
-		if len(found) <= s.n {
-			return ""
-		}
-		at += found[s.n][1]
-		if s.until == "" {
+// quoted is where no names of options stand: strings and comments.
+var quoted = regexp.MustCompile(`(?s)""".*?"""|'''.*?'''|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|#[^\n]*`)
+
+// find returns the position of the value that the nth table of that key (from 1) gives an option, for the
+// decoder does not tell it: only which keys there are, in order. One that is written in an unusual way
+// (quoted, dotted) has none.
+func (p *parser) find(key string, n int) string {
+	name := key[strings.LastIndex(key, ".")+1:]
+	at, count := -1, 0
+	for _, k := range p.md.Keys() {
+		if !strings.EqualFold(k[len(k)-1], name) {
 			continue
 		}
-		if end := regexp.MustCompile("(?m)" + s.until).FindStringIndex(text[at:]); end != nil {
-			text = text[:at+end[0]]
+		if strings.EqualFold(k.String(), key) {
+			n--
 		}
+		if n == 0 && at < 0 {
+			at = count
+		}
+		count++
 	}
-	return position(text, at)
+	text := quoted.ReplaceAllStringFunc(p.text, func(s string) string { return strings.Repeat("_", len(s)) })
+	option := regexp.MustCompile(`(?im)(^|[{,])[ \t]*` + regexp.QuoteMeta(name) + `[ \t]*=[ \t]*`)
+	found := option.FindAllStringIndex(text, -1)
+	if at < 0 || len(found) != count {
+		return ""
+	}
+	return position(p.text, found[at][1])
 }
 
-// take decodes a table into a struct, option by option, so that each wrong one is told: it returns their
-// names. Names are case-insensitive, as they have always been.
-func (p *parser) take(where spot, from toml.Primitive, to any) (wrong []string) {
+// take decodes a table, each option to where fields says, so that each wrong one is told: it returns their
+// names. Those of a name that is unknown are all that it may have been meant to be. Names are
+// case-insensitive, as they have always been.
+func (p *parser) take(where spot, from toml.Primitive, fields map[string]any) (wrong []string) {
 	var table map[string]toml.Primitive
 	if reflect.ValueOf(from).IsZero() {
 		return nil // it was left out
 	}
 	if p.md.PrimitiveDecode(from, &table); table == nil { // the decoder takes other values for no table
-		list := where.way[:max(0, len(where.way)-1)]
-		p.errorf("%s%s: must be a table", p.find(list...), where.name)
-		return nil
+		list := strings.TrimSuffix(where.key, ".")
+		p.errorf("%s%s: must be a table", p.find(list, p.seen[list]), where.name)
+		return slices.Collect(maps.Keys(fields))
 	}
-	fields := map[string]any{}
-	for _, f := range reflect.VisibleFields(reflect.TypeOf(to).Elem()) {
-		if name := f.Tag.Get("toml"); name != "" {
-			fields[name] = reflect.ValueOf(to).Elem().FieldByIndex(f.Index).Addr().Interface()
-		}
-	}
-
+	known := slices.Sorted(maps.Keys(fields))
 	for _, name := range slices.Sorted(maps.Keys(table)) {
+		key := where.key + strings.ToLower(name)
+		p.seen[key]++
 		field, ok := fields[strings.ToLower(name)]
 		if !ok {
-			expected := strings.Join(slices.Sorted(maps.Keys(fields)), ", ")
+			expected := strings.Join(known, ", ")
 			p.errorf("%s: %s: unknown option, expected one of %s", where.name, name, expected)
+			wrong = append(wrong, resembling(name, known)...)
 			continue
 		}
 		if p.md.PrimitiveDecode(table[name], field) != nil {
-			option := step{pattern: `(^|,)[ \t]*` + regexp.QuoteMeta(name) + `[ \t]*=[ \t]*`}
-			at := p.find(append(slices.Clone(where.way), option)...)
-			p.errorf("%s%s: %s: must be %s", at, where.name, name, kindOf(field))
+			at, want := p.find(key, p.seen[key]), kinds[fmt.Sprintf("%T", field)]
+			p.errorf("%s%s: %s: must be %s", at, where.name, name, want)
 			wrong = append(wrong, strings.ToLower(name))
 		}
 	}
 	return wrong
 }
 
-// kindOf says what the value of a raw struct's field must be.
-func kindOf(field any) string {
-	switch field.(type) {
-	case *string:
-		return "a string"
-	case *bool:
-		return "true or false"
-	case *[]string:
-		return "a list of strings"
-	case *settleTime:
-		return `a duration of at most 5m, such as "3s"`
-	case *fileMode:
-		return `octal text such as "0440": readable by its owner, not writable by others, ` +
-			"no setuid, setgid or sticky bit"
-	case *toml.Primitive:
-		return "a table"
-	}
-	return "a list of tables"
+// resembling returns those names that a misspelled one may have been meant to be.
+func resembling(name string, names []string) []string {
+	return slices.DeleteFunc(slices.Clone(names), func(n string) bool {
+		return !strings.EqualFold(n[:1], name[:min(1, len(name))])
+	})
 }
 
-// tell reports mistakes, but not of options that were told to be of the wrong type.
-func (p *parser) tell(where string, mistakes []mistake, wrong []string) {
-	for _, m := range mistakes {
+// kinds says what the value of an option must be, by where it goes.
+var kinds = map[string]string{
+	"*string": "a string", "*bool": "true or false", "*[]string": "a list of strings",
+	"*main.settleTime": `a duration of at most 5m, such as "3s"`,
+	"*main.fileMode": `octal text such as "0440": readable by its owner, not writable by others, ` +
+		"no setuid, setgid or sticky bit",
+	"*toml.Primitive": "a table", "*[]toml.Primitive": "a list of tables",
+}
+
+// tell reports mistakes, but not of options that were told to be wrong before.
+func (p *parser) tell(where string, found mistakes, wrong []string) {
+	for _, m := range found {
 		if !slices.Contains(wrong, m.option) {
 			p.errorf("%s: %s", where, m.text)
 		}
@@ -378,14 +338,12 @@ func (p *parser) keys(global spot, keys []toml.Primitive, wrong []string) {
 	}
 	for i, entry := range keys {
 		where := global.inner("keys", i)
-		var raw rawKey
-		wrong := p.take(where, entry, &raw)
-		if raw.Path == "" {
-			p.tell(where.name, []mistake{{"path", "path: required"}}, wrong)
+		var k key
+		wrong := p.take(where, entry, map[string]any{"path": &k.path, "ro": &k.ro})
+		if k.path == "" {
+			p.tell(where.name, mistakes{{"path", "path: required"}}, wrong)
 			continue
 		}
-
-		k := key{path: raw.Path, ro: raw.Ro}
 		if !path.IsAbs(k.path) {
 			k.path = filepath.Join(filepath.Dir(p.file), k.path)
 		}
@@ -400,27 +358,30 @@ func (p *parser) keys(global spot, keys []toml.Primitive, wrong []string) {
 	}
 }
 
-func (p *parser) service(i int, entry toml.Primitive, defaults rawDefaults) {
-	header := step{`^[ \t]*\[\[[ \t]*services[ \t]*\]\]`, nextTable, i}
-	where := spot{fmt.Sprintf("services[%d]", i), []step{header}}
+func (p *parser) service(i int, entry toml.Primitive, s spec) {
+	where := spot{fmt.Sprintf("services[%d]", i), "services."}
 	var named struct{ Service string }
 	if p.md.PrimitiveDecode(entry, &named); named.Service != "" {
 		where.name += fmt.Sprintf(" %q", named.Service)
 	}
-	raw := rawService{rawDefaults: defaults}
-	wrong := p.take(where, entry, &raw)
-	s := raw.spec()
-	for j, entry := range raw.Dirs {
-		var d rawDir
-		for _, name := range p.take(where.inner("dirs", j), entry, &d) {
+	var dirs []toml.Primitive
+	options := s.defaults()
+	maps.Copy(options, map[string]any{
+		"machine": &s.machine, "service": &s.service, "package": &s.pkg, "check": &s.check, "dirs": &dirs,
+	})
+	wrong := p.take(where, entry, options)
+	for j, entry := range dirs {
+		var d dir
+		for _, name := range p.take(where.inner("dirs", j), entry, map[string]any{
+			"local": &d.local, "link": &d.link, "file": (*bool)(&d.kind), "mode": &d.mode, "group": &d.group,
+		}) {
 			wrong = append(wrong, fmt.Sprintf("dirs[%d].%s", j, name))
 		}
-		s.dirs = append(s.dirs, dir{d.Local, d.Link, kind(d.File), d.Mode, d.Group})
+		s.dirs = append(s.dirs, d)
 	}
 
-	mistakes := s.validate(p.stateDir, p.file)
 	isGlobal := func(m mistake) bool { return slices.Contains(p.global, m) } // said once, not for each entry
-	p.tell(where.name, slices.DeleteFunc(mistakes, isGlobal), wrong)
+	p.tell(where.name, slices.DeleteFunc(s.validate(p.stateDir, p.file), isGlobal), wrong)
 	if !slices.Contains(p.c.machines, s.machine) {
 		p.c.machines = append(p.c.machines, s.machine)
 	}

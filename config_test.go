@@ -42,20 +42,23 @@ func configPair(a, b string) string {
 // configCase is a config, and what is said of it: lines that are all in the error; "" is nothing.
 type configCase struct{ name, text, want string }
 
-func (tc configCase) run(t *testing.T) {
+func (tc configCase) test(t *testing.T) { tc.run(t) }
+
+// run returns what is said.
+func (tc configCase) run(t *testing.T) (got string) {
 	o := options{config: "/etc/gitopper/config.toml", stateDir: "/var/lib/gitopper"}
 	o.names = []string{"m", "m2"}
 	files := map[string]string{
 		o.config: tc.text, "/etc/gitopper/k.pub": testKey, "/etc/gitopper/bad.pub": "ssh-ed25519 AAAA",
 	}
 	_, err := loadConfig(o, configFiles(files))
-	got := ""
 	if err != nil {
 		got = strings.ReplaceAll(err.Error(), o.config+": ", "")
 	}
 	if !containsLines(got, tc.want) || tc.want == "" && got != "" {
 		t.Errorf("got:\n%s\nwant in it:\n%s", got, tc.want)
 	}
+	return got
 }
 
 // containsLines says whether every line of want is in text.
@@ -84,9 +87,6 @@ settle = "10s"
 signers = "/etc/signers"
 dirs = [{local = "/etc/prometheus", link = "prom/etc/"}, {link = "a/../b", file = true}]`, ""},
 
-		{"syntax", "[global\n", "line 1, column 8: expected"},
-		{"syntax at the end", configEntry + "[[services]\n", "line 8, column 12: expected"},
-		{"not toml", "\x00", "line 1"},
 		{"unknown option", configEntry + "acton = 'reload'",
 			`services[0] "prometheus": acton: unknown option, expected one of action, branch, check`},
 		{"unknown table", configEntry + "[globall]\n", "top level: globall: unknown option"},
@@ -103,7 +103,39 @@ services[0] "prometheus": action "x"
 services[0] "prometheus": settle: must be a duration
 services[0] "prometheus": signer: unknown option`},
 	} {
-		t.Run(tc.name, tc.run)
+		t.Run(tc.name, tc.test)
+	}
+}
+
+// A syntax error is told with the line and column of the first character that can't stand there.
+func TestConfigSyntax(t *testing.T) {
+	for _, tc := range []configCase{
+		{"end of a line", "[global\n", "line 1, column 8: expected '.' or ']'"},
+		{"end of the file", "[global", "line 1, column 8: expected '.' or ']' to end table name, " +
+			"but got end of file"},
+		{"last line", configEntry + "[[services]\n", "line 8, column 12: expected"},
+		{"no value", configEntry + "action =\n", "line 8, column 9: expected value"},
+		{"no value at the end", configEntry + "action =", "line 8, column 9: unexpected EOF"},
+		{"no value, as on Windows", "[global]\r\nmount = \r\n", "line 2, column 9: expected value"},
+		{"no quotes", configEntry + "action = reload\n",
+			`line 8, column 10: expected value but found "reload"`},
+		{"no end of a string", configEntry + "action = 'reload\n", "line 8, column 17: strings cannot"},
+		{"no end of the last string", "a = 'ä", "line 1, column 7: unexpected EOF"},
+		{"no end of a list", configEntry + "check = ['a'", "line 8, column 13: expected a comma"},
+		{"no end of a list of tables", configEntry + "dirs = [\n  {link = 'a'},\n", "line 9, column 16: "},
+		{"no comma", configEntry + "dirs = [{local = '/a' link = 'b'}]",
+			"line 8, column 23: expected a comma"},
+		{"no comma between lines", "a = [\n  'b'\n  'c'\n]\n", "line 3, column 3: expected a comma"},
+		{"two on a line", "a = 'é' b = 2\n", "line 1, column 9: expected a top-level item to end"},
+		{"no digits", "a = -\n", "line 1, column 6: expected a digit"},
+		{"no digits at the end", "a = +", "line 1, column 6: expected a digit but got end of file"},
+		{"escape", `a = "\d+"`, `line 1, column 7: invalid escape in string '\d'`},
+		{"option twice", "a = 1\na = 2\n", "line 2, column 1: Key 'a' has already been defined"},
+		{"control character", "a = 'b\x01c'\n", "line 1, column 7: TOML files cannot contain control"},
+		{"not UTF-8", "a = 1\nb = 'c\xff'\n", "line 2, column 7: invalid UTF-8 byte: 0xff"},
+		{"not toml", "\x00", "line 1, column 1: "},
+	} {
+		t.Run(tc.name, tc.test)
 	}
 }
 
@@ -131,13 +163,33 @@ func TestConfigWrongType(t *testing.T) {
 			"line 3, column 9: [global]: mount: must be a string"},
 		{"in a key", strings.Replace(configEntry, `"k.pub"`, "3", 1),
 			"line 4, column 17: [global]: keys[0]: path: must be a string"},
-		{"no global", "global = 3\n", "[global]: must be a table"},
+		{"no global", "global = 3\n", "line 1, column 10: [global]: must be a table"},
+		{"at the end of the file", configEntry + "fallback =   'no'",
+			`line 8, column 14: services[0] "prometheus": fallback: must be true or false`},
+		{"behind comments like it", configEntry +
+			"# branch = 4\ncheck = ['a, branch = 3'] # , branch = 2\nbranch = 5",
+			`line 10, column 10: services[0] "prometheus": branch: must be a string`},
+		{"in a dir behind braces", configEntry +
+			"dirs = [\n  # {link = 1},\n  {link = '{a}'}, # }\n  {link = 5},\n]",
+			`line 11, column 11: services[0] "prometheus": dirs[1]: link: must be a string`},
+		{"in a dir of the last entry",
+			configPair("dirs = [{link = 'a'}, {link = 'b'}]", "dirs = [{link = 5}]"),
+			`line 12, column 17: services[1] "caddy": dirs[0]: link: must be a string`},
+		{"in a table of its own", configEntry +
+			"[[services.dirs]]\nlink = 'a'\n[[services.dirs]]\nlink = 5\n",
+			`line 11, column 8: services[0] "prometheus": dirs[1]: link: must be a string`},
+		{"in a list of services", "services = [{machine = 'm', branch = 5}]\n" + configGlobal,
+			"line 1, column 38: services[0]: branch: must be a string"},
+		{"with [global] last", strings.TrimPrefix(configPair("mount = 3", ""), configGlobal) + configGlobal,
+			`line 4, column 9: services[0] "prometheus": mount: must be a string`},
+		{"in another case", configEntry + "Branch = 5",
+			`line 8, column 10: services[0] "prometheus": Branch: must`},
 		{"no services", "services = 3\n" + configGlobal,
 			"line 1, column 12: top level: services: must be a list of tables"},
 		{"written unusually", configEntry + "\"branch\" = 5",
 			`services[0] "prometheus": branch: must be a string`},
 	} {
-		t.Run(tc.name, tc.run)
+		t.Run(tc.name, tc.test)
 	}
 }
 
@@ -153,7 +205,7 @@ func TestConfigRules(t *testing.T) {
 			"must be an https, http, ssh, git or file URL"},
 		{"upstream is relative", entry("upstream = 'x/y'"), "a path must be absolute"},
 		{"upstream with a password", entry("upstream = 'gopher://u:secret@h/y'"),
-			`upstream "gopher://***h/y"`},
+			`upstream "gopher://***@h/y"`},
 		{"scp-like upstream", entry("upstream = 'git@example.org:x/y'"), ""},
 		{"relative mount", entry("mount = 'x'"), `mount "x": required, must be absolute`},
 		{"no machine", swap("machine", "#"), `machine "": required`},
@@ -166,7 +218,7 @@ func TestConfigRules(t *testing.T) {
 		{"empty check", entry("check = []"), "check: must have at least one word"},
 		{"signers", entry("signers = 'x'"), `signers "x": must be absolute`},
 	} {
-		t.Run(tc.name, tc.run)
+		t.Run(tc.name, tc.test)
 	}
 }
 
@@ -179,6 +231,11 @@ func TestConfigDirs(t *testing.T) {
 			`must not be in, around or equal to mount "/srv/c"`},
 		{"local of the system", dirs("{local='/etc/',link='a'}"),
 			`local "/etc/": must not be a directory that a system stands on`},
+		{"local of systemd", dirs("{local='/etc/systemd/system',link='a'}"), "that a system stands on"},
+		{"local around the state", dirs("{local='/var/lib',link='a'}"), "that a system stands on"},
+		{"local is the state", dirs("{local='/var/lib/gitopper',link='a'}"), "the state directory"},
+		{"local is the config", dirs("{local='/etc/gitopper/config.toml',link='a'}"),
+			"the directory of the config file"},
 		{"local around the config", dirs("{local='/etc/gitopper',link='a'}"),
 			"the directory of the config file"},
 		{"local in state", dirs("{local='/var/lib/gitopper/x',link='a'}"),
@@ -208,7 +265,7 @@ func TestConfigDirs(t *testing.T) {
 		{"groups of one link", dirs("{link='a',group='adm'},{link='a'}"), "must have the same mode and group"},
 		{"link into .git", dirs("{local='/a',link='x/.GIT/y'}"), "must not contain .git"},
 	} {
-		t.Run(tc.name, tc.run)
+		t.Run(tc.name, tc.test)
 	}
 }
 
@@ -222,7 +279,7 @@ func TestConfigBranch(t *testing.T) {
 
 			want = "must be a valid branch name"
 		}
-		t.Run(name, configCase{text: configEntry + fmt.Sprintf("branch = %+q", name), want: want}.run)
+		t.Run(name, configCase{text: configEntry + fmt.Sprintf("branch = %+q", name), want: want}.test)
 	}
 }
 
@@ -243,7 +300,7 @@ func TestConfigConflicts(t *testing.T) {
 		{"checkout below the other's", configPair("dirs=[{link='etc'}]", "mount='/srv/c/prometheus/etc/x'"),
 			`checkout /srv/c/prometheus/etc/x/caddy of "caddy": must not be at or below link`},
 	} {
-		t.Run(tc.name, tc.run)
+		t.Run(tc.name, tc.test)
 	}
 }
 
@@ -267,6 +324,43 @@ branch = "a..b"
 /c/config.toml: services[1] "b": branch "a..b": must be a valid branch name`
 	if err == nil || err.Error() != want {
 		t.Errorf("got:\n%v\nwant:\n%s", err, want)
+	}
+}
+
+// Each mistake gives one line, whatever follows from it.
+func TestConfigOneLineEach(t *testing.T) {
+	global := func(line string) string { return strings.Replace(configEntry, "mount = \"/srv/c\"", line, 1) }
+	for _, tc := range []configCase{
+		{"misspelled option that is required", strings.Replace(configEntry, "machine", "machin", 1),
+			`services[0] "prometheus": machin: unknown option, expected one of`},
+		{"misspelled link", configEntry + "dirs = [{local = '/a', lnk = 'a'}]",
+			"dirs[0]: lnk: unknown option"},
+		{"misspelled path of a key", strings.Replace(configEntry, "path", "pth", 1), "keys[0]: pth: unknown"},
+		{"wrong type of what entries need", global("mount = []"),
+			"line 3, column 9: [global]: mount: must be"},
+		{"wrong default", global("mount = 'c'"), `[global]: mount "c": required, must be absolute`},
+		{"two entries without names", configGlobal + strings.Repeat("[[services]]\nmachine = 'm'\n", 2),
+			"services[0]: service \"\": required\nservices[1]: service \"\": required"},
+		{"two entries without machines", configGlobal + strings.Repeat("[[services]]\nservice = 'a'\n", 2),
+			"services[0] \"a\": machine \"\": required\nservices[1] \"a\": machine \"\": required"},
+		{"entry twice", configEntry + "dirs=[{local='/a',link='a'}]\n[[services]]\nmachine='m'\n" +
+			"service='prometheus'\ndirs=[{local='/a',link='a'}]", `"prometheus": twice on machine "m"`},
+		{"local of the system around another", configEntry +
+			"dirs=[{local='/etc',link='a'},{local='/etc/b',link='b'}]",
+			`dirs[0].local "/etc": must not be a directory that a system`},
+		{"local / beside another service's",
+			configPair("dirs=[{local='/',link='a'}]", "dirs=[{local='/b',link='b'}]"),
+			`services[0] "prometheus": dirs[0].local "/": must be an absolute path other than /`},
+		{"link that is wrong in two ways", configEntry + "dirs=[{link='/.git'}]",
+			`dirs[0].link "/.git": must be relative`},
+		{"garbage for an entry", "services = 'x'\n" + configGlobal, "services: must be a list of tables"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got := tc.run(t)
+			if strings.Count(got, "\n") != strings.Count(tc.want, "\n") {
+				t.Errorf("got:\n%s\nwant no other lines than:\n%s", got, tc.want)
+			}
+		})
 	}
 }
 

@@ -363,6 +363,9 @@ func TestCheckWarnings(t *testing.T) {
 	for _, tc := range []struct{ name, lines, want string }{
 		{"user", "user = 'no-such-user'", "gitopper: service \"x\": user \"no-such-user\" does not exist"},
 		{"user of a package", "user = 'no-such-user'\npackage = 'p'", ""},
+		{"group", "dirs = [{link = 'a', group = 'no-such-group'}]",
+			"gitopper: service \"x\": group \"no-such-group\""},
+		{"group of a package", "package = 'p'\ndirs = [{link = 'a', group = 'no-such-group'}]", ""},
 		{"signers", "signers = '/nope'", "gitopper: service \"x\": signers: stat /nope: no such file"},
 		{"nothing", "", ""},
 	} {

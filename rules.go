@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -13,20 +14,31 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"unicode"
 )
 
 // mistake is what is wrong with one option of an entry.
 type mistake struct{ option, text string }
 
+type mistakes []mistake
+
+// unless adds that the value of an option is not what is wanted, if it is not.
+func (m *mistakes) unless(ok bool, option, value, want string) {
+	if !ok {
+		*m = append(*m, mistake{option, fmt.Sprintf("%s %q: %s", option, value, want)})
+	}
+}
+
+// What values of options look like; those that may be left out may be empty.
 var (
-	machineName = regexp.MustCompile(`^[\pL\pN_][\pL\pN_.-]*$`)
-	unitName    = regexp.MustCompile(`^[A-Za-z0-9:_\\@][A-Za-z0-9:_.\\@-]*$`)
-	accountName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]*\$?$`)
+	machineName = regexp.MustCompile(`^$|^[\pL\pN_][\pL\pN_.-]*$`)
+	unitName    = regexp.MustCompile(`^[A-Za-z0-9:_\\@][A-Za-z0-9:_.\\@-]{0,199}$`)
+	accountName = regexp.MustCompile(`^$|^[A-Za-z_][A-Za-z0-9_.-]*\$?$`)
 	// git-check-ref-format(1), --branch
 	badBranch = regexp.MustCompile(
 		`^@?$|^HEAD$|^-|[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|(^|/)([./]|$)|\.lock(/|$)|\.$`)
 
-	packageName = regexp.MustCompile(`^[A-Za-z0-9@][A-Za-z0-9@+._:/-]*$`)
+	packageName = regexp.MustCompile(`^$|^[A-Za-z0-9@][A-Za-z0-9@+._:/-]*$`)
 	actions     = []string{
 		"", "start", "restart", "reload", "try-restart", "reload-or-restart",
 		"try-reload-or-restart", "stop", "kill",
@@ -39,70 +51,70 @@ var (
 		/etc/systemd /etc/systemd/system /run/systemd /usr/lib/systemd`)
 )
 
-// validate judges an entry by itself, and brings its paths to their shortest form.
-func (s *spec) validate(stateDir, configFile string) (found []mistake) {
-	rule := func(ok bool, option, value, want string) {
-		if !ok {
-			found = append(found, mistake{option, fmt.Sprintf("%s %q: %s", option, value, want)})
-		}
-	}
-	optional := func(value string, form *regexp.Regexp) bool { return value == "" || form.MatchString(value) }
-
-	if want := validUpstream(s.upstream); want != "" {
-		rule(false, "upstream", redact(s.upstream), want)
-	}
-	rule(!badBranch.MatchString(s.branch), "branch", s.branch, "must be a valid branch name")
-	rule(s.machine != "", "machine", s.machine, "required")
-	rule(optional(s.machine, machineName), "machine", s.machine, "must be the name of one host")
-	mountRight := path.IsAbs(s.mount) && path.Clean(s.mount) != "/" && !hasControl(s.mount)
-	rule(mountRight, "mount", s.mount, "required, must be absolute and not /")
-	rule(unitName.MatchString(s.service) && len(s.service) <= 200, "service", s.service,
+// validate looks for mistakes in an entry by itself, and brings its paths to their shortest form.
+func (s *spec) validate(stateDir, configFile string) (found mistakes) {
+	want := validUpstream(s.upstream)
+	found.unless(want == "", "upstream", redact(s.upstream), want)
+	found.unless(!badBranch.MatchString(s.branch), "branch", s.branch, "must be a valid branch name")
+	found.unless(s.machine != "", "machine", s.machine, "required")
+	found.unless(machineName.MatchString(s.machine), "machine", s.machine, "must be the name of one host")
+	found.unless(isPath(s.mount), "mount", s.mount, "required, must be absolute and not /")
+	found.unless(unitName.MatchString(s.service), "service", s.service,
 		`required, must be a unit name: letters, digits and :_.@\-, no leading - or .`)
-	rule(optional(s.user, accountName), "user", s.user, "must be an account name")
-	rule(optional(s.pkg, packageName), "package", s.pkg, "must be a package name")
-	if s.check != nil && (len(s.check) == 0 || s.check[0] == "") {
+	found.unless(accountName.MatchString(s.user), "user", s.user, "must be an account name")
+	found.unless(packageName.MatchString(s.pkg), "package", s.pkg, "must be a package name")
+	isAction := slices.Contains(actions, s.action)
+	found.unless(isAction, "action", s.action, "must be one of "+strings.Join(actions[1:], ", "))
+	found.unless(path.IsAbs(cmp.Or(s.signers, "/")), "signers", s.signers, "must be absolute")
+	hasNoWord := s.check != nil && strings.Join(s.check[:min(1, len(s.check))], "") == ""
+	if hasNoWord {
 		found = append(found, mistake{"check", "check: must have at least one word"})
 	}
-	isAction := slices.Contains(actions, s.action)
-	rule(isAction, "action", s.action, "must be one of "+strings.Join(actions[1:], ", "))
-	rule(s.signers == "" || path.IsAbs(s.signers), "signers", s.signers, "must be absolute")
 
-	if path.IsAbs(s.mount) {
-		s.mount = path.Clean(s.mount)
-	}
+	s.mount = clean(s.mount)
 	for j := range s.dirs {
 		found = append(found, s.validateDir(j, stateDir, configFile)...)
 	}
 	return found
 }
 
-// validateDir is validate for one of the dirs.
-func (s *spec) validateDir(j int, stateDir, configFile string) (found []mistake) {
-	d := &s.dirs[j]
-	judge := func(option string, value *string, want string) {
+// validateDir is validate for one of the dirs. What is wrong is taken away, so that nothing else is said of
+// it.
+func (s *spec) validateDir(j int, stateDir, configFile string) (found mistakes) {
+	d, before := &s.dirs[j], s.dirs[:j]
+	check := func(option string, value *string, want string) {
 		name := fmt.Sprintf("dirs[%d].%s", j, option)
-		if want != "" {
-			found = append(found, mistake{name, fmt.Sprintf("%s %q: %s", name, *value, want)})
-		} else if *value != "" {
-			*value = path.Clean(*value)
+		if found.unless(want == "", name, *value, want); want != "" {
+			*value = ""
 		}
 	}
-	judge("link", &d.link, validLink(d.link))
-	judge("local", &d.local, s.validLocal(d.local, stateDir, configFile))
-	if d.group != "" && !accountName.MatchString(d.group) {
-		judge("group", &d.group, "must be a group's name")
+	check("link", &d.link, validLink(d.link))
+	check("local", &d.local, s.validLocal(d.local, stateDir, configFile))
+	if !accountName.MatchString(d.group) {
+		check("group", &d.group, "must be a group's name")
 	}
-	isOther := func(o dir) bool {
-		hasSame := o.mode == d.mode && o.group == d.group
-		return o.link == d.link && !hasSame
+	d.link, d.local = clean(d.link), clean(d.local)
+	if slices.ContainsFunc(before, d.differs) {
+		check("link", &d.link, "must have the same mode and group wherever it is linked")
 	}
-	if slices.ContainsFunc(s.dirs[:j], isOther) {
-		judge("link", &d.link, "must have the same mode and group wherever it is linked")
-	}
-	if i := slices.IndexFunc(s.dirs[:j], d.clashes); i >= 0 {
-		judge("local", &d.local, fmt.Sprintf("must not be in, around or equal to local %q", s.dirs[i].local))
+	if i := slices.IndexFunc(before, d.clashes); i >= 0 {
+		check("local", &d.local, fmt.Sprintf("must not be in, around or equal to local %q", before[i].local))
 	}
 	return found
+}
+
+// clean is the shortest form of a path; no path is none.
+func clean(p string) string {
+	if p == "" {
+		return ""
+	}
+	return path.Clean(p)
+}
+
+// differs says whether two dirs would show the same link with another mode or group.
+func (d dir) differs(other dir) bool {
+	d.local, other.local = "", ""
+	return d.link != "" && d.link == other.link && d != other
 }
 
 // clashes says whether two locals are the same or nest.
@@ -140,7 +152,7 @@ func (s *spec) validLocal(local, stateDir, configFile string) string {
 	switch {
 	case local == "":
 		return ""
-	case !path.IsAbs(local), clean == "/", hasControl(local):
+	case !isPath(local):
 		return "must be an absolute path other than /"
 	case slices.Contains(systemDirs, clean):
 		return "must not be a directory that a system stands on: name what the service reads in it"
@@ -155,10 +167,11 @@ func (s *spec) validLocal(local, stateDir, configFile string) string {
 	return ""
 }
 
+// isPath says whether a text is an absolute path other than /.
+func isPath(p string) bool { return path.IsAbs(p) && path.Clean(p) != "/" && !hasControl(p) }
+
 // hasControl says whether a text could steer a terminal or end a line.
-func hasControl(s string) bool {
-	return strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f })
-}
+func hasControl(s string) bool { return strings.ContainsFunc(s, unicode.IsControl) }
 
 // within says whether one clean absolute path is another or lies in it.
 func within(p, top string) bool {
@@ -198,8 +211,9 @@ func (p *parser) conflicts() {
 	}
 	for i := range p.entries {
 		a := &p.entries[i]
+		isWrong := a.machine == "" || a.service == "" // which is told
 		for j := range p.entries[:i] {
-			if b := &p.entries[j]; machine(a) == machine(b) {
+			if b := &p.entries[j]; machine(a) == machine(b) && !isWrong {
 				p.rivals(b, a)
 			}
 		}
@@ -213,8 +227,10 @@ func (p *parser) rivals(a, b *spec) {
 	switch {
 	case strings.TrimSuffix(a.service, ".service") == strings.TrimSuffix(b.service, ".service"):
 		p.errorf("service %q: twice on machine %q", a.service, a.machine)
+		return
 	case at == bt:
 		p.errorf("%s: checkouts %s: must not be the same", who, at)
+		return
 	}
 	for _, d := range a.dirs {
 		if i := slices.IndexFunc(b.dirs, d.clashes); i >= 0 {
