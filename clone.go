@@ -3,10 +3,15 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha1"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"log/slog"
 	"maps"
@@ -20,19 +25,84 @@ import (
 	"time"
 )
 
+// clone is a bare clone on disk. fetch and read are skeletons of root's (HEAD, config, refs), through which
+// git reaches the network and reads; objects is the user's, who runs git. Nothing in it is ever removed but
+// with all of it: what ran here can go live again when upstream has it no more.
+type clone struct {
+	u   *upstream
+	dir string
+
+	// These are guarded by the upstream's mutex, once it has this clone.
+	tips  map[string]string  // upstream's branches, by tipRef: commits that are here and were walked
+	walks map[walkKey]walked // of the tips, for all services
+	hurt  error              // damage that was found, for the next look
+}
+
+// damaged says that the clone lacks an object that it should have, or has a wrong one in its place.
+type damaged struct{ error }
+
+func (d damaged) Unwrap() error { return d.error }
+
+// errMissing says that git has no object of that id.
+var errMissing = errors.New("is not in the clone")
+
 // objectsDir is the directory of the clone's objects, for info/alternates.
 func (u *upstream) objectsDir() string { return u.dir + "/objects" }
 
-func (u *upstream) tipFile(branch string) string { return u.dir + "/fetch/refs/tips/" + digest(branch) }
+// tipRef is the ref of a branch's commit in the clone.
+func tipRef(branch string) string { return "refs/tips/" + digest(branch) }
 
-// readRef returns the id in a ref's file, "" where there is none.
-func readRef(name string) string {
-	data, err := os.ReadFile(name)
-	id := strings.TrimSpace(string(data))
-	if err != nil || !isHash(id) {
-		return ""
+// openClone returns the clone in a directory, where there may be none yet.
+func openClone(u *upstream, dir string) *clone {
+	c := &clone{u: u, dir: dir, tips: map[string]string{}, walks: map[walkKey]walked{}}
+	refs, _ := os.ReadFile(dir + "/fetch/packed-refs")
+	for line := range strings.Lines(string(refs)) { // 606eb576... refs/tips/54f1cf40...
+		id, ref, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		if isHash(id) {
+			c.tips[ref] = id
+		}
 	}
-	return id
+	return c
+}
+
+// refsText is what packed-refs holds of tips.
+func refsText(tips map[string]string) string {
+	var b strings.Builder
+	for _, ref := range slices.Sorted(maps.Keys(tips)) {
+		fmt.Fprintf(&b, "%s %s\n", tips[ref], ref)
+	}
+	return b.String()
+}
+
+// damage returns what was found wrong with the clone.
+func (c *clone) damage() error {
+	c.u.mu.Lock()
+	defer c.u.mu.Unlock()
+	return c.hurt
+}
+
+// noteDamage notes it for the next look, which is soon.
+func (c *clone) noteDamage(err error) {
+	c.u.mu.Lock()
+	c.hurt = err
+	c.u.mu.Unlock()
+	select {
+	case c.u.poke <- struct{}{}:
+	default:
+	}
+}
+
+// forget makes the next look check that all that the tips show is there.
+func (c *clone) forget() {
+	c.u.mu.Lock()
+	defer c.u.mu.Unlock()
+	c.walks = map[walkKey]walked{}
+}
+
+// git makes a git that reads the clone's objects, and knows of no upstream.
+func (c *clone) git(args ...string) *exec.Cmd {
+	env := []string{"GIT_OBJECT_DIRECTORY=" + c.dir + "/objects"}
+	return gitCommand(*c.u.acct.Load(), c.dir+"/read", env, args...)
 }
 
 // tidy removes what a killed git, or a killed heal, left behind.
@@ -42,20 +112,21 @@ func (u *upstream) tidy(ctx context.Context) error {
 		if err := os.Rename(old, u.dir); err != nil {
 			return err
 		}
+		u.mu.Lock()
+		u.clone = openClone(u, u.dir)
+		u.mu.Unlock()
 	}
 	for _, name := range []string{old, u.dir + ".new"} {
 		if err := removeTree(ctx, name); err != nil { // its user may refill it
 			slog.Warn(fmt.Sprintf("%s: a clone of before stays: %v", redact(u.url), err))
 		}
 	}
+
 	u.inObjects("pack", func(root *os.Root, name string) {
 		if strings.HasPrefix(name, "tmp_") {
 			_ = root.Remove("pack/" + name)
 		}
 	})
-
-	u.mu.Lock() // for keep writes there
-	defer u.mu.Unlock()
 	for _, pattern := range []string{"/fetch/*.lock", "/fetch/shallow*", "/fetch/*.new", "/read/*.lock"} {
 		names, _ := filepath.Glob(u.dir + pattern)
 		for _, name := range names {
@@ -86,81 +157,19 @@ func (u *upstream) inObjects(name string, do func(root *os.Root, name string)) {
 	}
 }
 
-// canFilter finds out whether upstream leaves out contents at a fetch, and hands out single objects later,
-// from what it says of itself: fetch=shallow filter (protocol 2), or a list behind the first ref (protocol
-// 0). A web server that knows nothing of git says nothing.
-func (u *upstream) canFilter(ctx context.Context, a account) (bool, error) {
-	f, err := os.CreateTemp("", "gitopper")
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	defer os.Remove(f.Name())
-	cmd := u.reach(a, "", "ls-remote", "-q", "origin", "refs/heads/none")
-	cmd.Env = append(cmd.Env, "GIT_TRACE_PACKET=3")
-	cmd.ExtraFiles = []*os.File{f}
-	_, err = u.online(ctx, a, "ls-remote", cmd, lookLimit, maxObject)
-	start, _ := io.ReadAll(io.NewSectionReader(f, 0, 64<<10))
-	return offers.Match(start), err
-}
-
-var offers = regexp.MustCompile(`< fetch=(.* )?filter\s` +
-	`|\\0.*allow-any-sha1-in-want.* filter\s|\\0(.* )?filter .*allow-any-sha1-in-want`)
-
-// probe returns an error if a tip that should be in the clone is not, or a commit that it descends from,
-// without which git can't fetch.
-func (u *upstream) probe(ctx context.Context, a account) error {
-	args := []string{"rev-list", "--quiet"}
-	for _, l := range u.looks {
-		if l.tip != "" {
-			args = append(args, l.tip)
-		}
-	}
-	if len(args) == 2 {
-		return nil
-	}
-	_, err := runGit(ctx, "rev-list", u.reader(a, args...), fetchLimit)
-	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.Exited() {
-		return damaged{err}
-	}
-	if crashed(err) {
-		return damaged{err}
-	}
-	return nil
-}
-
-// crashed says that git was ended by what it read: it maps packs, and one that was cut off is a SIGBUS or
-// worse.
-func crashed(err error) bool {
-	exit := (*exec.ExitError)(nil)
-	if !errors.As(err, &exit) {
-		return false
-	}
-	status, _ := exit.Sys().(syscall.WaitStatus)
-	return slices.Contains([]syscall.Signal{syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGABRT}, status.Signal())
-}
-
-// hashDigits is the length of upstream's ids, 40 where it named none.
-func hashDigits(remote map[string]string) int {
-	for _, id := range remote {
-		return len(id)
-	}
-	return 40
-}
-
 const skeletonHead = "ref: refs/heads/none\n"
 
 // part is a directory or a file of a clone: what it is to be.
 type part struct {
-	name     string // below the clone's directory
-	mode     os.FileMode
-	uid, gid int
-	text     string // of a file
+	name string // below the clone's directory
+	mode os.FileMode
+	uid  int
+	text string // of a file
 }
 
 // parts returns all of a clone that root makes, in order, for ids of so many digits. The config for the
 // network says that objects may be missing, if it is filtered; see git-partial-clone(7).
-func parts(user account, digits int, filtered bool) (list []part) {
+func (c *clone) parts(digits int, filtered bool) (list []part) {
 	config := "[core]\n\trepositoryformatversion = 1\n\tbare = true\n[extensions]\n"
 	if digits == 64 {
 		config += "\tobjectFormat = sha256\n"
@@ -171,61 +180,51 @@ func parts(user account, digits int, filtered bool) (list []part) {
 			"[remote \"origin\"]\n\tpromisor = true\n\tpartialclonefilter = blob:none\n"
 	}
 
-	const open, plain = os.ModeDir | 0o755, 0o644
-	uid, gid := os.Geteuid(), os.Getegid()
-	for _, name := range []string{"", "/fetch", "/fetch/refs", "/fetch/refs/tips", "/read", "/read/refs"} {
-		list = append(list, part{name, open, uid, gid, ""})
+	for _, name := range []string{"", "/fetch", "/fetch/refs", "/read", "/read/refs"} {
+		list = append(list, part{name, os.ModeDir | 0o755, os.Geteuid(), ""})
 	}
-	return append(list, part{"/objects", os.ModeDir | 0o700, user.uid, user.gid, ""},
-		part{"/fetch/HEAD", plain, uid, gid, skeletonHead}, part{"/fetch/config", plain, uid, gid, network},
-		part{"/read/HEAD", plain, uid, gid, skeletonHead}, part{"/read/config", plain, uid, gid, config})
+	list = append(list, part{"/objects", os.ModeDir | 0o700, c.u.acct.Load().uid, ""})
+	for _, file := range [][2]string{
+		{"/fetch/HEAD", skeletonHead}, {"/read/HEAD", skeletonHead},
+		{"/fetch/config", network}, {"/read/config", config}, {"/fetch/packed-refs", refsText(c.tips)},
+	} {
+		list = append(list, part{file[0], 0o644, os.Geteuid(), file[1]})
+	}
+	return list
 }
 
-// skeleton makes an empty clone.
-func (u *upstream) skeleton(ctx context.Context, a account, digits int, filtered bool) error {
-	parent := filepath.Dir(u.dir)
+// make makes an empty clone.
+func (c *clone) make(ctx context.Context, digits int, filtered bool) error {
+	parent := filepath.Dir(c.dir)
 	if err := os.MkdirAll(parent, 0o711); err != nil {
 		return err
 	}
-	err := errors.Join(os.Chmod(parent, 0o711), removeTree(ctx, u.dir)) // 0711 whatever the umask
-	for _, p := range parts(a, digits, filtered) {
-		name := u.dir + p.name
+	err := errors.Join(os.Chmod(parent, 0o711), removeTree(ctx, c.dir)) // 0711 whatever the umask
+	for _, p := range c.parts(digits, filtered) {
+		name := c.dir + p.name
 		switch {
 		case err != nil:
 			return err
 		case p.mode.IsDir():
-			err = errors.Join(os.Mkdir(name, 0o700), os.Chmod(name, p.mode), os.Lchown(name, p.uid, p.gid))
+			err = errors.Join(os.Mkdir(name, 0o700), os.Chmod(name, p.mode))
 		default:
-			err = u.write(p.name, p.text)
+			err = replaceFile(name, []byte(p.text), p.mode)
 		}
 	}
-	return err
-}
-
-// write replaces a file of a skeleton, which the user's git can read.
-func (u *upstream) write(name, text string) error {
-	f, err := os.CreateTemp(u.dir+"/fetch", "*.new") // beside the refs, or git would take it for one
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.WriteString(text)
-	if err := errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), u.dir+name)
+	a := c.u.acct.Load()
+	return errors.Join(err, os.Lchown(c.dir+"/objects", a.uid, a.gid))
 }
 
 // filtered says whether the clone leaves out contents until they are asked for.
-func (u *upstream) filtered() bool {
-	data, _ := os.ReadFile(u.dir + "/fetch/config")
+func (c *clone) filtered() bool {
+	data, _ := os.ReadFile(c.dir + "/fetch/config")
 	return bytes.Contains(data, []byte("promisor"))
 }
 
 // sound returns an error unless all parts of the clone are there as we made them for ids of so many digits.
-func (u *upstream) sound(a account, digits int) error {
-	for _, p := range parts(a, digits, u.filtered()) {
-		name, text := u.dir+p.name, ""
+func (c *clone) sound(digits int) error {
+	for _, p := range c.parts(digits, c.filtered()) {
+		name, text := c.dir+p.name, ""
 		fi, err := os.Lstat(name)
 		if err == nil && fi.Mode().IsRegular() {
 			var data []byte
@@ -236,137 +235,15 @@ func (u *upstream) sound(a account, digits int) error {
 			return damaged{err}
 		}
 		uid := int(fi.Sys().(*syscall.Stat_t).Uid)
-		if (part{p.name, fi.Mode() &^ os.ModeSetgid, uid, p.gid, text}) != p {
+		if (part{p.name, fi.Mode() &^ os.ModeSetgid, uid, text}) != p {
 			return damaged{fmt.Errorf("%s is not as we made it: %v of user %d", name, fi.Mode(), uid)}
 		}
-	}
-	packed, err := os.ReadFile(u.dir + "/fetch/packed-refs")
-	if err == nil && string(packed) != packedHead+strings.Join(ranLines(string(packed)), "") {
-		return damaged{fmt.Errorf("%s/fetch/packed-refs is not as we wrote it", u.dir)}
 	}
 	return nil
 }
 
-// clone fetches all anew beside the clone that is there, if any, which serves until the new one is complete
-// and takes its place. Commits that ran are lost where upstream has them no more.
-func (u *upstream) clone(ctx context.Context, a account, remote map[string]string, why error, again bool) (
-	err error) {
-	if len(remote) == 0 {
-		return nil // each branch is told to be missing
-	}
-	first := !lexists(u.dir)
-	digits := hashDigits(remote)
-	filtered := false
-	full := errors.Is(why, errRefused) || u.sound(a, digits) == nil && !u.filtered()
-	if !full {
-		if filtered, err = u.canFilter(ctx, a); err != nil {
-			return err
-		}
-	}
-
-	next := newUpstream("", u.url, u.user)
-	next.dir, next.patience, next.spent = u.dir+".new", u.patience, u.spent
-	next.acct.Store(&a)
-	if err := next.skeleton(ctx, a, digits, filtered); err != nil {
-		return err
-	}
-	for _, t := range u.tracked {
-		next.track(t.branch, t.dirs, nil)
-	}
-	err = next.update(ctx, a, remote, again)
-	u.spent = next.spent
-	if filtered && errors.Is(err, errRefused) {
-		return u.clone(ctx, a, remote, err, again)
-	}
-	if errors.As(err, &damaged{}) {
-		u.healed = time.Now() // upstream itself may be
-	}
-	if packed, err := os.ReadFile(u.dir + "/fetch/packed-refs"); err == nil {
-		whole := packedHead + strings.Join(ranLines(string(packed)), "")
-		_ = next.write("/fetch/packed-refs", whole) // of what is not there, git takes no notice
-	}
-	if err == nil {
-		err = u.replace(next)
-	}
-	if err != nil {
-		_ = removeTree(ctx, next.dir)
-		if first {
-			return err
-		}
-		return fmt.Errorf("%w; it is to be made anew because %w", err, why)
-	}
-
-	if !first {
-		u.healed = time.Now()
-		slog.Warn(fmt.Sprintf("%s: cloned anew", redact(u.url)), "reason", why)
-	}
-	return u.tidy(ctx)
-}
-
-// replace puts a complete clone in our clone's place.
-func (u *upstream) replace(next *upstream) error {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if lexists(u.dir) {
-		if err := os.Rename(u.dir, u.dir+".old"); err != nil {
-			return err
-		}
-	}
-	if err := os.Rename(next.dir, u.dir); err != nil {
-		return err
-	}
-	for branch, l := range next.looks {
-		old := u.looks[branch]
-		old.tip = l.tip
-		u.looks[branch] = old
-	}
-	u.tips, u.hurt = next.tips, next.hurt
-	return syncDir(filepath.Dir(u.dir))
-}
-
-const packedHead = "# pack-refs with: peeled fully-peeled sorted \n"
-
-// ranLines returns those lines of packed-refs that are as keep writes them.
-func ranLines(text string) (lines []string) {
-	for line := range strings.Lines(text) { // 606eb576... refs/ran/606eb576...
-		id, ref, _ := strings.Cut(line, " ")
-		if isHash(id) && ref == "refs/ran/"+id+"\n" {
-			lines = append(lines, line)
-		}
-	}
-	return lines
-}
-
-// keep makes the clone keep the commits that ran for a service, whatever becomes of upstream's branches.
-func (u *upstream) keep(service string, commits []string) error {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.ran[service] = commits
-	name := u.dir + "/fetch/packed-refs"
-	old, err := os.ReadFile(name)
-	if err != nil && !lexists(u.dir+"/fetch") {
-		return nil // nothing to keep yet
-	}
-
-	lines := []string{}
-	if len(u.ran) < len(u.tracked) { // not all have said theirs since we started
-		lines = ranLines(string(old))
-	}
-	for _, list := range u.ran {
-		for _, c := range list {
-			lines = append(lines, c+" refs/ran/"+c+"\n")
-		}
-	}
-	slices.Sort(lines)
-	text := packedHead + strings.Join(slices.Compact(lines), "")
-	if text == string(old) || len(lines) == 0 {
-		return nil
-	}
-	return u.write("/fetch/packed-refs", text)
-}
-
-// pack puts what many small fetches brought into one pack, at most once an hour.
-func (u *upstream) pack(ctx context.Context) {
+// repack puts what many small fetches brought into one pack.
+func (u *upstream) repack(ctx context.Context) {
 	packs, loose := 0, 0
 	u.inObjects("pack", func(_ *os.Root, name string) {
 		if strings.HasSuffix(name, ".pack") {
@@ -375,103 +252,336 @@ func (u *upstream) pack(ctx context.Context) {
 	})
 	// One directory of 256 tells, as in git gc --auto.
 	u.inObjects("17", func(*os.Root, string) { loose += 256 })
-	if packs <= 50 && loose <= 2000 || time.Since(u.packed) < healEvery {
+	isTidy := packs <= 50 && loose <= 2000
+	if isTidy || u.lockNetwork(ctx) != nil {
 		return
 	}
-	a, err := u.account(ctx)
-	if err != nil || u.take(ctx) != nil {
+	defer u.unlockNetwork()
+	c, err := u.ready(ctx)
+	if _, lately := u.tried["repack"]; lately || err != nil {
 		return
 	}
-	defer func() { <-u.network }()
-	u.packed = time.Now()
+
 	args := []string{"repack", "-a", "-d", "-n", "-q"}
-	if !u.filtered() {
+	if !c.filtered() {
 		args = append(args, "--keep-unreachable") // of a promisor's objects git keeps all
 	}
-	cmd := gitCommand(a, u.dir+"/fetch", []string{"GIT_OBJECT_DIRECTORY=" + u.objectsDir()}, args...)
-	if _, err := runGit(ctx, "repack", cmd, fetchLimit); err != nil && ctx.Err() == nil {
+	cmd := c.git(args...)
+	cmd.Env = append(cmd.Env, "GIT_DIR="+c.dir+"/fetch")
+	_, err = runGit(ctx, "repack", cmd, fetchLimit)
+	u.tried["repack"] = tried{time.Now(), err}
+	if err != nil && ctx.Err() == nil {
 		slog.Warn(fmt.Sprintf("%s: %v", redact(u.url), err))
 	}
 }
 
-// retireUpstreams removes the clones below stateDir that are of no upstream in keep.
-func retireUpstreams(ctx context.Context, stateDir string, keep []*upstream) {
-	names, _ := filepath.Glob(filepath.Join(stateDir, "upstreams", "*"))
-	for _, name := range names {
-		if slices.ContainsFunc(keep, func(u *upstream) bool { return strings.HasPrefix(name, u.dir) }) {
-			continue
-		}
-		if err := removeTree(ctx, name); err != nil && ctx.Err() == nil {
-			slog.Warn(fmt.Sprintf("remove a clone that no service uses: %v", err))
-		}
-	}
-}
-
-// fetchMissing makes sure that all blobs of t are in the clone: no network where they are, and no program
-// where t is of a tip.
-func (u *upstream) fetchMissing(ctx context.Context, t tree) error {
-	isTips := func(s showing) bool { return maps.Equal(s.tree, t) }
-	u.mu.Lock()
-	known := slices.ContainsFunc(slices.Collect(maps.Values(u.tips)), isTips)
-	u.mu.Unlock()
-	if known {
+// probe returns an error if a tip that should be in the clone is not, or a commit that it descends from,
+// without which git can't fetch.
+func (c *clone) probe(ctx context.Context) error {
+	if len(c.tips) == 0 {
 		return nil
 	}
-	ids := map[string]bool{}
-	t.blobs(ids)
-	a, err := u.account(ctx)
-	if err != nil {
+	args := slices.AppendSeq([]string{"rev-list", "--quiet"}, maps.Values(c.tips))
+	_, err := runGit(ctx, "rev-list", c.git(args...), fetchLimit)
+	if exitCode(err) > 0 || crashed(err) {
+		return damaged{err}
+	}
+	return nil
+}
+
+// crashed says that git was ended by what it read: it maps packs, and one that was cut off is a SIGBUS or
+// worse.
+func crashed(err error) bool {
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok {
+		return false
+	}
+	status, _ := exit.Sys().(syscall.WaitStatus)
+	crashes := []syscall.Signal{syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGABRT}
+	return slices.Contains(crashes, status.Signal())
+}
+
+var (
+	// errRefused says that a server that can filter does not hand out single objects.
+	errRefused = errors.New("upstream refuses single objects")
+	refusing   = regexp.MustCompile(`unadvertised object|not our ref`)
+	// incomplete is what git says of a damaged pack in the clone, too: it does not replace one that upstream
+	// sends again.
+	incomplete = regexp.MustCompile(
+		`did not send all necessary objects|could not fetch \w+ from promisor remote`)
+	shallow = regexp.MustCompile(`shallow roots are not allowed|/shallow_`)
+	atLimit = regexp.MustCompile(
+		`signal 25|[Oo]ut of memory|File too large|Cannot allocate|async thread|invalid index-pack`)
+)
+
+// fetch runs git fetch, and tells a failure of the network's from damage in the clone.
+func (c *clone) fetch(ctx context.Context, limit time.Duration, stdin []byte, args ...string) error {
+	var disk syscall.Statfs_t
+	if err := syscall.Statfs(c.dir, &disk); err != nil {
+		return fmt.Errorf("statfs %s: %w", c.dir, err)
+	}
+	half := max(1<<20, disk.Bavail*uint64(disk.Bsize)/2)
+	fixed := []string{"fetch", "-q", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no"}
+	if stdin != nil {
+		fixed = append([]string{"-c", "fetch.negotiationAlgorithm=noop"}, fixed...)
+	}
+	cmd := c.u.networkGit(c.dir+"/fetch", append(fixed, args...)...)
+	cmd.Env = append(cmd.Env, "GIT_OBJECT_DIRECTORY="+c.dir+"/objects")
+	words := &tail{}
+	cmd.Stdin, cmd.Stdout = bytes.NewReader(stdin), words // a shallow upstream is only a warning
+	_, err := c.u.runNetworkGit(ctx, cmd, "fetch", limit, half)
+
+	switch said := words.buf; {
+	case shallow.Match(said):
+		return errors.New("upstream is shallow: git fetch --unshallow there")
+	case err == nil, ctx.Err() != nil:
 		return err
+	case incomplete.Match(said), crashed(err):
+		return damaged{err}
+	case stdin != nil && refusing.Match(said):
+		return damaged{fmt.Errorf("%w: %w", errRefused, err)}
 	}
-	ctx, cancel := context.WithTimeout(ctx, missingLimit)
-	defer cancel()
-	lacks, err := u.missing(ctx, a, ids)
-	if err != nil || lacks == nil {
-		return err
+	return errors.Join(err, c.probe(ctx))
+}
+
+// fetchTips fetches the branches that moved.
+func (c *clone) fetchTips(ctx context.Context, remote map[string]string) error {
+	// Small contents come along, which saves a second request, but not with all of history.
+	limit, args := cloneLimit, []string{"--filter=blob:none", "origin"}
+	if len(c.tips) > 0 {
+		limit, args[0] = fetchLimit, "--filter=blob:limit=100k"
 	}
-	if err := u.take(ctx); err != nil {
-		return err
+	if !c.filtered() {
+		args = args[1:]
 	}
-	defer func() { <-u.network }()
-	err = u.bring(ctx, a, lacks)
-	if errors.As(err, &damaged{}) {
-		u.hurts(u.hurt, err) // the next look mends it
+	fixed := len(args)
+	for _, branch := range slices.Sorted(maps.Keys(remote)) {
+		if remote[branch] != c.tips[tipRef(branch)] {
+			args = append(args, "refs/heads/"+branch)
+		}
 	}
-	return err
+	if len(args) == fixed {
+		return nil
+	}
+	return c.fetch(ctx, limit, nil, args...)
 }
 
 // missing asks the clone which blobs it lacks, without network; a line each.
-func (u *upstream) missing(ctx context.Context, a account, ids map[string]bool) ([]byte, error) {
+func (c *clone) missing(ctx context.Context, ids map[string]bool) (lacks []byte, err error) {
 	if len(ids) == 0 {
 		return nil, nil
 	}
-	cmd := u.reader(a, "cat-file", "--batch-check=%(objectname)")
+	cmd := c.git("cat-file", "--batch-check=%(objectname)")
 	cmd.Stdin = strings.NewReader(strings.Join(slices.Sorted(maps.Keys(ids)), "\n") + "\n")
 	out, err := runGit(ctx, "cat-file", cmd, fetchLimit)
-	if err != nil {
-		return nil, err
-	}
-	var lacks []byte
 	for line := range strings.Lines(string(out)) { // 606eb576..., or 606eb576... missing
 		id, is := strings.CutSuffix(line, " missing\n")
 		if is && ids[id] {
 			lacks = append(lacks, id+"\n"...)
 		}
 	}
-	return lacks, nil
+	return lacks, err
 }
 
-// bring fetches the blobs that the clone lacks, in one request.
-func (u *upstream) bring(ctx context.Context, a account, lacks []byte) error {
-	if lacks == nil {
+// fetchBlobs fetches the blobs that the clone lacks, in one request.
+func (c *clone) fetchBlobs(ctx context.Context, lacks []byte) error {
+	switch {
+	case lacks == nil:
 		return nil
-	}
-	if !u.filtered() {
+	case !c.filtered():
 		return damaged{fmt.Errorf("blob %.12s %w", lacks, errMissing)}
 	}
-	err := u.fetch(ctx, a, fetchLimit, lacks, "--filter=blob:none", "--stdin", "origin")
-	if err == nil || ctx.Err() != nil {
+	return c.fetch(ctx, fetchLimit, lacks, "--filter=blob:none", "--stdin", "origin")
+}
+
+// objects reads objects by their ids from one git cat-file --batch, and computes each id itself. It never
+// asks upstream (there is no remote in the skeleton that it reads through), sees what a later fetch brings,
+// and is for one goroutine.
+type objects struct {
+	c       *clone
+	in, out *os.File
+	answers *bufio.Reader
+	end     context.CancelFunc
+	ended   chan error // how git ended
+	left    int64      // bytes of blobs that may still be copied
+	err     error      // after which nothing more is read
+
+	trees map[string][]entry // by id: services share those above their links, and a bomb is made of few
+	kept  int                // entries in trees
+}
+
+// open starts reading objects of the clone as it is, without network. Where the account of the clone's user
+// does not exist, or there is no clone, it is an error. When ctx is done, reading ends at once.
+func (u *upstream) open(ctx context.Context) (*objects, error) {
+	c, err := u.ready(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return c.open(ctx)
+}
+
+func (c *clone) open(ctx context.Context) (*objects, error) {
+	if !lexists(c.dir + "/read/config") {
+		return nil, fmt.Errorf("there is no clone of %s yet", redact(c.u.url))
+	}
+	inRead, in, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	out, outWrite, err := os.Pipe()
+	if err != nil {
+		return nil, errors.Join(err, inRead.Close(), in.Close())
+	}
+	cmd := c.git("cat-file", "--batch")
+	cmd.Stdin, cmd.Stdout = inRead, outWrite
+	ctx, cancel := context.WithCancel(ctx)
+	o := &objects{
+		c: c, in: in, out: out, answers: bufio.NewReaderSize(out, 64<<10), end: cancel,
+		ended: make(chan error, 1), left: maxShown, trees: map[string][]entry{},
+	}
+
+	// Somebody else's process may hold the pipes open, so that git's end alone does not end a read.
+	context.AfterFunc(ctx, func() {
+		_, _ = in.Close(), out.Close()
+	})
+	go func() {
+		_, err := runGit(ctx, "cat-file", cmd, fetchLimit)
+		_, _ = inRead.Close(), outWrite.Close()
+		o.ended <- err
+	}()
+	return o, nil
+}
+
+// close ends git. It may be called twice.
+func (o *objects) close() {
+	o.end()
+	o.err = errors.Join(o.err, os.ErrClosed)
+}
+
+// blob copies a blob to w; whatever was copied counts only if there is no error. It is a *refusal if more
+// than 2 GiB would have been copied since open, or if the id names something else than a blob. Of an id that
+// is missing, the tips are walked anew at the next look.
+func (o *objects) blob(id string, w io.Writer) (size int64, err error) {
+	size, err = o.copy(id, "blob", o.left, w)
+	o.left -= size
+	if errors.Is(err, errMissing) {
+		o.c.forget()
+	}
+	return size, err
+}
+
+// whole returns a commit or tree. The entries of a tree take ten times its size in memory.
+func (o *objects) whole(id, kind string) ([]byte, error) {
+	var b bytes.Buffer
+	_, err := o.copy(id, kind, map[string]int64{"commit": maxObject, "tree": maxTree}[kind], &b)
+	return b.Bytes(), err
+}
+
+// copy asks for one object, and copies it to w while its id is computed.
+func (o *objects) copy(id, kind string, limit int64, w io.Writer) (size int64, err error) {
+	if o.err != nil {
+		return 0, o.err
+	}
+	o.expect(0)
+	size, err = o.header(id, kind)
+	if errors.Is(err, errMissing) {
+		return 0, fmt.Errorf("%s %.12s %w", kind, id, err)
+	}
+	if err == nil && size > limit {
+		err = &refusal{Reason: "link", Info: fmt.Sprintf("%s %.12s: more than %d MiB", kind, id, limit>>20)}
+	}
+	if err == nil {
+		err = o.body(id, kind, size, w)
+	}
+	if err != nil {
+		return size, o.fail(fmt.Errorf("read %s %.12s: %w", kind, id, err))
+	}
+	return size, nil
+}
+
+// body copies what follows the first line of an answer.
+func (o *objects) body(id, kind string, size int64, w io.Writer) error {
+	o.expect(size)
+	h := newHash(len(id))
+	fmt.Fprintf(h, "%s %d\x00", kind, size)
+	if _, err := io.CopyN(io.MultiWriter(h, w), o.answers, size); err != nil {
 		return err
 	}
-	return errors.Join(err, u.probe(ctx, a))
+	if end, err := o.answers.ReadByte(); err != nil || end != '\n' {
+		return fmt.Errorf("git's answer has no end: %w", err)
+	}
+	if got := hex.EncodeToString(h.Sum(nil)); got != id {
+		return damaged{fmt.Errorf("%s %.12s of the clone is in truth %.12s", kind, id, got)}
+	}
+	return nil
+}
+
+// expect sets the time until which git must have answered with so many bytes: it may be stopped by the user
+// whose it is.
+func (o *objects) expect(size int64) {
+	until := time.Now().Add(o.c.u.patience + time.Duration(size>>20)*time.Second)
+	_ = errors.Join(o.in.SetWriteDeadline(until), o.out.SetReadDeadline(until))
+}
+
+// header asks for an object and reads the first line of the answer: 606eb576... commit 240, or 606eb576...
+// missing.
+func (o *objects) header(id, kind string) (size int64, err error) {
+	if !isHash(id) {
+		return 0, fmt.Errorf("%.80q is no object id", id)
+	}
+	if _, err := io.WriteString(o.in, id+"\n"); err != nil {
+		return 0, errors.Join(err, io.EOF) // git ended: its own words say more
+	}
+	line, err := o.answers.ReadSlice('\n')
+	if err != nil {
+		return 0, err
+	}
+	if string(line) == id+" missing\n" {
+		return 0, errMissing
+	}
+
+	var got, is string
+	_, err = fmt.Sscanf(string(line), "%s %s %d\n", &got, &is, &size)
+	switch {
+	case err != nil, got != id, size < 0:
+		return 0, fmt.Errorf("git answers %.80q", line)
+	case is != kind:
+		return 0, &refusal{Reason: "link", Info: fmt.Sprintf("object %.12s is a %s, not a %s", id, is, kind)}
+	}
+	return size, nil
+}
+
+// fail ends reading for good, for the answers are out of step. Where git ended by itself it found the clone
+// damaged.
+func (o *objects) fail(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		select {
+		case end := <-o.ended:
+			err = fmt.Errorf("%w: %w", err, end)
+			if exitCode(end) == 128 {
+				err = damaged{err}
+			}
+		case <-time.After(o.c.u.patience):
+		}
+	}
+	if errors.As(err, &damaged{}) {
+		o.c.noteDamage(err)
+	}
+	o.err = err
+	o.end()
+	return err
+}
+
+// newHash returns the hash function whose ids have so many hex digits.
+func newHash(digits int) hash.Hash {
+	if digits == sha256.Size*2 {
+		return sha256.New()
+	}
+	return sha1.New()
+}
+
+// isHash says whether s is the full id of an object, SHA-1 or SHA-256.
+func isHash(s string) bool {
+	known := len(s) == 40 || len(s) == 64
+	return known && strings.Trim(s, "0123456789abcdef") == ""
 }

@@ -103,6 +103,15 @@ func execute(ctx context.Context, p program) ([]byte, error) {
 	return stdout.Bytes(), err
 }
 
+// exitCode is the status in the error of a program's run, -1 where it has none: it did not run, or a signal
+// ended it.
+func exitCode(err error) int {
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		return exit.ExitCode()
+	}
+	return -1
+}
+
 // bound sets the limits of a program that was just started. See prlimit(2) and proc_pid_oom_score_adj(5).
 func (p *program) bound() {
 	pid := p.cmd.Process.Pid
@@ -305,7 +314,10 @@ func removeTree(ctx context.Context, name string) error {
 }
 
 // writeFile replaces a file of root's, mode 0600, such that after a crash it is the old one or the new one.
-func writeFile(name string, data []byte) error {
+func writeFile(name string, data []byte) error { return replaceFile(name, data, 0o600) }
+
+// replaceFile is writeFile for a file of another mode.
+func replaceFile(name string, data []byte, mode os.FileMode) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 		return err
 	}
@@ -316,7 +328,7 @@ func writeFile(name string, data []byte) error {
 	defer os.Remove(f.Name())
 
 	_, err = f.Write(data)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+	if err := errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	if err := os.Rename(f.Name(), name); err != nil {

@@ -3,12 +3,14 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/url"
 	"os"
@@ -32,7 +34,6 @@ const (
 
 	missingLimit = 2 * fetchLimit // of what a service asks for, with the wait for the network
 	gitMemory    = 1 << 30
-	healEvery    = time.Hour
 )
 
 // gitCommand makes a git that asks nobody, reads no configuration but that of gitDir, runs no hook, and
@@ -98,9 +99,8 @@ func runGit(ctx context.Context, verb string, cmd *exec.Cmd, limit time.Duration
 	}
 	out, err := execute(ctx, p)
 
-	exit := (*exec.ExitError)(nil)
-	answer := errors.As(err, &exit) && exit.ExitCode() == 1 // files differ, no such commit
-	if err != nil && ctx.Err() == nil && !answer {
+	isAnswer := err == nil || exitCode(err) == 1 // files differ, no such commit
+	if !isAnswer && ctx.Err() == nil {
 		count.add("gitopper_machine_git_errors_total", "")
 	}
 	return out, err
@@ -117,7 +117,7 @@ func gitVersion(ctx context.Context) error {
 	if _, err := fmt.Sscanf(string(out), "git version %d.%d", &major, &minor); err != nil {
 		return fmt.Errorf("git --version says %q", strings.TrimSpace(string(out)))
 	}
-	if major < 2 || major == 2 && minor < 30 {
+	if isOld := 1000*major+minor < 2030; isOld {
 		return fmt.Errorf("git %d.%d is too old: 2.30 or newer is needed", major, minor)
 	}
 	return nil
@@ -133,53 +133,50 @@ type look struct {
 
 // tracking is a service's interest in a branch.
 type tracking struct {
-	branch, key string // key: of dirs, see linksKey
-	dirs        []dir
-	nudge       func()
+	branch, links string // links: see linksKey
+	dirs          []dir
+	nudge         func()
 }
 
-// upstream is one bare clone per url and user, for all services and branches. It lies in dir: fetch and read
-// are skeletons of root's (HEAD, config, refs), through which git reaches the network and reads; objects is
-// the user's, who runs git.
+// tried is work that costs much, and is done once an hour unless an operator asks: when it was, and what came
+// of it.
+type tried struct {
+	at  time.Time
+	err error
+}
+
+// upstream is a repository elsewhere, as its user reaches it, and the clone that serves all services and
+// branches of it.
 type upstream struct {
 	url, user, dir string
 	patience       time.Duration // with git's answer to one question
 	tracked        []tracking
-	network        chan struct{} // a lock, held by who has put something in: for the network and dir
+	network        chan struct{} // a lock, held by who has put something in: for the network, dir and tried
 	poke           chan struct{}
 	acct           atomic.Pointer[account] // once found, it stays
-
-	// These belong to whoever holds network.
-	healed time.Time
-	packed time.Time
-	spent  struct { // what ended at a limit on memory or the size of files
-		tips string
-		at   time.Time
-		err  error
-	}
+	tried          map[string]tried        // by the name of the work
 
 	mu    sync.Mutex // for all below
 	looks map[string]look
-	tips  map[shownAt]showing // what services are shown of the tips
-	ran   map[string][]string // by service: what keep was told
-	hurt  *error              // damage that was found in this clone; a new one has its own
+	clone *clone
 }
 
 // newUpstream returns the upstream of a url and user, whose clone is below stateDir. Nothing is done yet.
 func newUpstream(stateDir, url, user string) *upstream {
-	return &upstream{
+	u := &upstream{
 		url: url, user: user, dir: filepath.Join(stateDir, "upstreams", digest(url, user)),
 		patience: 30 * time.Second, network: make(chan struct{}, 1), poke: make(chan struct{}, 1),
-		looks: map[string]look{}, tips: map[shownAt]showing{}, ran: map[string][]string{},
-		hurt: new(error),
+		tried: map[string]tried{}, looks: map[string]look{},
 	}
+	u.clone = openClone(u, u.dir)
+	return u
 }
 
 // track makes the upstream care for a service's branch and links; nudge is called after each round that the
 // service should know of, and must not wait. All calls come before run and the first look.
 func (u *upstream) track(branch string, dirs []dir, nudge func()) {
 	u.tracked = append(u.tracked, tracking{branch, linksKey(dirs), dirs, nudge})
-	u.looks[branch] = look{tip: readRef(u.tipFile(branch))}
+	u.looks[branch] = look{}
 }
 
 // run looks at upstream for ever: every interval and up to half of it more, sooner while it can't be
@@ -193,8 +190,9 @@ func (u *upstream) run(ctx context.Context, interval time.Duration) {
 			wait = backoff
 		} else {
 			backoff = 0
-			u.pack(ctx)
+			u.repack(ctx)
 		}
+
 		select {
 		case <-time.After(wait):
 		case <-u.poke:
@@ -205,18 +203,19 @@ func (u *upstream) run(ctx context.Context, interval time.Duration) {
 }
 
 // lookNow looks at upstream once, fetches what moved and what of it is missing, and returns what went wrong
-// with any branch. heal says that what lately failed for good reason is to be tried again: a damaged clone
-// is made anew even if that was done within the hour, a fetch that ended at a limit even if nothing has
-// moved.
-func (u *upstream) lookNow(ctx context.Context, heal bool) error {
+// with any branch. asked says that an operator wants it: what was tried within the hour is tried again.
+func (u *upstream) lookNow(ctx context.Context, asked bool) error {
 	// However slowly git works, whose user may stop it and let it go on: who waits must know for how long.
 	limited, cancel := context.WithTimeout(ctx, cloneLimit)
 	defer cancel()
-	if err := u.take(limited); err != nil {
+	if err := u.lockNetwork(limited); err != nil {
 		return err
 	}
-	defer func() { <-u.network }()
-	remote, err := u.round(limited, heal)
+	defer u.unlockNetwork()
+
+	isDue := func(_ string, t tried) bool { return asked || time.Since(t.at) >= time.Hour }
+	maps.DeleteFunc(u.tried, isDue)
+	remote, err := u.round(limited)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -236,14 +235,15 @@ func (u *upstream) lookNow(ctx context.Context, heal bool) error {
 		u.looks[branch] = l
 	}
 	u.mu.Unlock()
+
 	for _, t := range u.tracked {
 		t.nudge()
 	}
 	return errors.Join(errs...)
 }
 
-// take waits until the network is ours.
-func (u *upstream) take(ctx context.Context) error {
+// lockNetwork waits until the network is ours.
+func (u *upstream) lockNetwork(ctx context.Context) error {
 	select {
 	case u.network <- struct{}{}:
 		return nil
@@ -252,90 +252,225 @@ func (u *upstream) take(ctx context.Context) error {
 	}
 }
 
+func (u *upstream) unlockNetwork() { <-u.network }
+
 // looked returns what is known of a branch; it never waits for the network.
 func (u *upstream) looked(branch string) look {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	return u.looks[branch]
+	l := u.looks[branch]
+	l.tip = u.clone.tips[tipRef(branch)]
+	return l
 }
 
-func (u *upstream) account(ctx context.Context) (account, error) {
-	if a := u.acct.Load(); a != nil {
-		return *a, nil
-	}
-	a, err := lookupAccount(ctx, u.user)
-	if err == nil {
+// ready returns the clone, of which git can be run now that its user's account is known.
+func (u *upstream) ready(ctx context.Context) (*clone, error) {
+	if u.acct.Load() == nil {
+		a, err := lookupAccount(ctx, u.user)
+		if err != nil {
+			return nil, err
+		}
 		u.acct.Store(&a)
 	}
-	return a, err
-}
-
-// hurts notes damage that was found in the clone whose hurt this is, for the next look, which is soon.
-func (u *upstream) hurts(hurt *error, err error) {
-	u.mu.Lock()
-	*hurt = err
-	u.mu.Unlock()
-	select {
-	case u.poke <- struct{}{}:
-	default:
-	}
-}
-
-// forget makes the next look check that all that the tips show is there.
-func (u *upstream) forget() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	u.tips = map[shownAt]showing{}
+	return u.clone, nil
 }
 
 // round looks, fetches and heals, and returns upstream's tips of the tracked branches.
-func (u *upstream) round(ctx context.Context, heal bool) (remote map[string]string, err error) {
-	a, err := u.account(ctx)
-	if err != nil {
-		return nil, err
-	}
+func (u *upstream) round(ctx context.Context) (remote map[string]string, err error) {
 	if err := u.tidy(ctx); err != nil {
 		return nil, err
 	}
-	if remote, err = u.ask(ctx, a); err != nil {
+	c, err := u.ready(ctx)
+	if err == nil {
+		remote, err = u.lsRemote(ctx)
+	}
+	if err != nil || len(remote) == 0 { // each branch is told to be missing
 		return nil, err
 	}
-	u.mu.Lock()
-	why := *u.hurt
-	u.mu.Unlock()
-	if err := u.sound(a, hashDigits(remote)); err != nil {
-		why = err
+
+	if why := cmp.Or(c.sound(digitsOf(remote)), c.damage()); why != nil {
+		return remote, u.heal(ctx, remote, why)
 	}
-	if why == nil {
-		why = u.update(ctx, a, remote, heal)
-		if !errors.As(why, &damaged{}) {
-			return remote, why
+	err = u.advance(ctx, c, remote)
+	if errors.As(err, &damaged{}) {
+		err = u.heal(ctx, remote, err)
+	}
+	return remote, err
+}
+
+// digitsOf is the length of upstream's ids.
+func digitsOf(remote map[string]string) (digits int) {
+	for _, id := range remote {
+		digits = len(id)
+	}
+	return digits
+}
+
+// advance brings a clone to upstream's tips. What ended at a limit would do so again: it is not tried again
+// within the hour, unless upstream moves.
+func (u *upstream) advance(ctx context.Context, c *clone, remote map[string]string) error {
+	work := "fetch " + fmt.Sprint(remote)
+	if t, lately := u.tried[work]; lately {
+		return t.err
+	}
+	err := c.fetchTips(ctx, remote)
+	if err == nil {
+		err = c.walkTips(ctx, remote)
+	}
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	if atLimit.MatchString(err.Error()) {
+		u.tried[work] = tried{time.Now(), err}
+	}
+	return err
+}
+
+// heal makes the clone anew beside the one that is there, if any, which serves until the new one is complete
+// and takes its place. Commits that ran are lost where upstream has them no more.
+func (u *upstream) heal(ctx context.Context, remote map[string]string, why error) (err error) {
+	isFirst, filtered := !lexists(u.dir), !errors.Is(why, errRefused)
+	if t, lately := u.tried["heal"]; lately && filtered {
+		at := t.at.Format("15:04")
+		return fmt.Errorf("clone is damaged, and was made anew at %s (do pull tries now): %w", at, why)
+	}
+	if filtered {
+		if filtered, err = u.canFilter(ctx); err != nil {
+			return err
 		}
 	}
-	recently := time.Since(u.healed) < healEvery
-	if recently && !heal && !errors.Is(why, errRefused) {
-		at := u.healed.Format("15:04")
-		return nil, fmt.Errorf("clone is damaged, and was made anew at %s (do pull tries now): %w", at, why)
+
+	next := openClone(u, u.dir+".new")
+	if err = next.make(ctx, digitsOf(remote), filtered); err == nil {
+		err = u.advance(ctx, next, remote)
 	}
-	return remote, u.clone(ctx, a, remote, why, heal)
+	if filtered && errors.Is(err, errRefused) {
+		return u.heal(ctx, remote, err)
+	}
+	isDamaged := errors.As(err, &damaged{}) // upstream itself may be
+	if err == nil {
+		err = u.replace(next)
+	}
+	hasHealed := err == nil && !isFirst
+	if isDamaged || hasHealed {
+		u.tried["heal"] = tried{at: time.Now()}
+	}
+
+	switch {
+	case hasHealed:
+		slog.Warn(fmt.Sprintf("%s: cloned anew", redact(u.url)), "reason", why)
+		return u.tidy(ctx)
+	case err == nil:
+		return nil
+	case !isFirst:
+		err = fmt.Errorf("%w; it is to be made anew because %w", err, why)
+	}
+	_ = removeTree(ctx, next.dir)
+	return err
 }
 
-// reader makes a git that reads the clone's objects, and knows of no upstream.
-func (u *upstream) reader(a account, args ...string) *exec.Cmd {
-	return gitCommand(a, u.dir+"/read", []string{"GIT_OBJECT_DIRECTORY=" + u.objectsDir()}, args...)
+// replace puts a complete clone in our clone's place.
+func (u *upstream) replace(next *clone) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if lexists(u.dir) {
+		if err := os.Rename(u.dir, u.dir+".old"); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(next.dir, u.dir); err != nil {
+		return err
+	}
+	next.dir, u.clone = u.dir, next
+	return syncDir(filepath.Dir(u.dir))
 }
 
-// reach makes a git that may use the network, and knows upstream as origin. gitDir is empty, or the skeleton
-// fetch.
-func (u *upstream) reach(a account, gitDir string, args ...string) *exec.Cmd {
+// fetchMissing makes sure that all blobs of t are in the clone: no network where they are, and no program
+// where t is of a tip.
+func (u *upstream) fetchMissing(ctx context.Context, t tree) error {
+	c, err := u.ready(ctx)
+	if err != nil {
+		return err
+	}
+	isOfTip := func(w walked) bool { return maps.Equal(w.tree, t) }
+	u.mu.Lock()
+	known := slices.ContainsFunc(slices.Collect(maps.Values(c.walks)), isOfTip)
+	u.mu.Unlock()
+	if known {
+		return nil
+	}
+
+	ctx, cancel := context.WithTimeout(ctx, missingLimit)
+	defer cancel()
+	blobs := map[string]bool{}
+	t.blobs(blobs)
+	lacks, err := c.missing(ctx, blobs)
+	if err != nil || lacks == nil {
+		return err
+	}
+
+	if err := u.lockNetwork(ctx); err != nil {
+		return err
+	}
+	defer u.unlockNetwork()
+	err = c.fetchBlobs(ctx, lacks)
+	if errors.As(err, &damaged{}) {
+		c.noteDamage(err) // the next look mends it
+	}
+	return err
+}
+
+// named returns the commits that a hash of 4 to 64 digits names, of those that ran here and of the history of
+// branch's tip; only of its 100,000 newest, where it is not a whole id.
+func (u *upstream) named(ctx context.Context, branch, hash string, ran []string) ([]string, error) {
+	var commits []string
+	var err error
+	note := func(id string) bool {
+		if strings.HasPrefix(id, hash) {
+			commits = append(commits, id)
+		}
+		return true
+	}
+	for _, c := range ran {
+		note(c)
+	}
+	tip := u.looked(branch).tip
+	switch {
+	case tip == "", slices.Contains(commits, hash):
+	case isHash(hash): // no other commit can be made to have this name: git's word is enough
+		var isIn bool
+		if isIn, err = u.isAncestor(ctx, hash, tip); isIn {
+			note(hash)
+		}
+	default:
+		err = u.history(ctx, tip, note)
+	}
+	slices.Sort(commits)
+	return slices.Compact(commits), err
+}
+
+// isAncestor asks git whether a commit is in the history of another one; one that is not there is not.
+func (u *upstream) isAncestor(ctx context.Context, commit, of string) (bool, error) {
+	c, err := u.ready(ctx)
+	if err != nil {
+		return false, err
+	}
+	_, err = runGit(ctx, "merge-base", c.git("merge-base", "--is-ancestor", commit, of), fetchLimit)
+	if exitCode(err) > 0 {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// networkGit makes a git that may use the network, and knows upstream as origin. gitDir may be empty.
+func (u *upstream) networkGit(gitDir string, args ...string) *exec.Cmd {
 	env := []string{
 		"GIT_ALLOW_PROTOCOL=https:http:ssh:git:file",
 		"GIT_CONFIG_PARAMETERS=" + configParameters(u.url),
 	}
-	if gitDir != "" {
-		env = append(env, "GIT_OBJECT_DIRECTORY="+u.objectsDir())
-	}
-	return gitCommand(a, gitDir, env, args...)
+	return gitCommand(*u.acct.Load(), gitDir, env, args...)
 }
 
 // hints are our ways out of what git, ssh or curl say; ~ is the home of the user that git runs as.
@@ -360,13 +495,16 @@ var hints = []struct {
 		"GIT_SSL_CAINFO must name a file that the user that git runs as can read"},
 }
 
-// online runs a git that may use the network. Our hint stands beside its own words.
-func (u *upstream) online(ctx context.Context, a account, verb string, cmd *exec.Cmd, limit time.Duration,
-	fileSize ...uint64) ([]byte, error) {
-	out, err := runGit(ctx, verb+" "+redact(u.url), cmd, limit, fileSize...)
+// runNetworkGit runs a git that may use the network. Our hint stands beside its own words.
+func (u *upstream) runNetworkGit(ctx context.Context, cmd *exec.Cmd, verb string, limit time.Duration,
+	fileSize uint64) ([]byte, error) {
+	out, err := runGit(ctx, verb+" "+redact(u.url), cmd, limit, fileSize)
+	if err == nil {
+		return out, nil
+	}
 	for _, h := range hints {
-		if err != nil && h.words.MatchString(err.Error()) {
-			return out, fmt.Errorf("%w: %s", err, strings.ReplaceAll(h.hint, "~", a.home))
+		if h.words.MatchString(err.Error()) {
+			return out, fmt.Errorf("%w: %s", err, strings.ReplaceAll(h.hint, "~", u.acct.Load().home))
 		}
 	}
 	return out, err
@@ -394,15 +532,14 @@ func configParameters(upstream string) string {
 	return "'" + strings.ReplaceAll(quoted, "\x00", "' '") + "'"
 }
 
-// ask asks upstream once for the commits of all tracked branches. A branch that isn't there is not in the
-// result.
-func (u *upstream) ask(ctx context.Context, a account) (map[string]string, error) {
+// lsRemote asks upstream once for the commits of all tracked branches. A branch that isn't there is not in
+// the result.
+func (u *upstream) lsRemote(ctx context.Context) (map[string]string, error) {
 	args := []string{"ls-remote", "-q", "origin"}
-	for branch := range u.looks {
+	for _, branch := range slices.Sorted(maps.Keys(u.looks)) {
 		args = append(args, "refs/heads/"+branch)
 	}
-	slices.Sort(args[3:])
-	out, err := u.online(ctx, a, "ls-remote", u.reach(a, "", args...), lookLimit)
+	out, err := u.runNetworkGit(ctx, u.networkGit("", args...), "ls-remote", lookLimit, maxObject)
 	if err != nil {
 		return nil, err
 	}
@@ -418,128 +555,36 @@ func (u *upstream) ask(ctx context.Context, a account) (map[string]string, error
 	return tips, nil
 }
 
-var (
-	// errRefused says that a server that can filter does not hand out single objects.
-	errRefused = errors.New("upstream refuses single objects")
-	refusing   = regexp.MustCompile(`unadvertised object|not our ref`)
-	// incomplete is what git says of a damaged pack in the clone, too: it does not replace one that upstream
-	// sends again.
-	incomplete = regexp.MustCompile(
-		`did not send all necessary objects|could not fetch \w+ from promisor remote`)
-	shallow = regexp.MustCompile(`shallow roots are not allowed|/shallow_`)
-	atLimit = regexp.MustCompile(
-		`signal 25|[Oo]ut of memory|File too large|Cannot allocate|async thread|invalid index-pack`)
-)
-
-// fetch runs git fetch with the arguments.
-func (u *upstream) fetch(ctx context.Context, a account, limit time.Duration, stdin []byte, args ...string) (
-	err error) {
-	var disk syscall.Statfs_t
-	if err := syscall.Statfs(u.dir, &disk); err != nil {
-		return fmt.Errorf("statfs %s: %w", u.dir, err)
-	}
-	fixed := []string{"fetch", "-q", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no"}
-	args = append(fixed, args...)
-	if stdin != nil {
-		args = append([]string{"-c", "fetch.negotiationAlgorithm=noop"}, args...)
-	}
-	cmd := u.reach(a, u.dir+"/fetch", args...)
-	words := &tail{}
-	cmd.Stdin, cmd.Stdout = bytes.NewReader(stdin), words // a shallow upstream is only a warning
-	half := max(1<<20, disk.Bavail*uint64(disk.Bsize)/2)
-	_, err = u.online(ctx, a, "fetch", cmd, limit, half)
-
-	switch said := words.buf; {
-	case shallow.Match(said):
-		return errors.New("upstream is shallow: git fetch --unshallow there")
-	case err != nil && incomplete.Match(said), crashed(err):
-		return damaged{err}
-	case err != nil && stdin != nil && refusing.Match(said):
-		return damaged{fmt.Errorf("%w: %w", errRefused, err)}
-	}
-	return err
-}
-
-// update brings the clone to upstream's tips: what moved is fetched, walked, and what of it is missing is
-// fetched. Only then are the tips written and known. What ended at a limit does so again, until upstream
-// moves or an hour has passed.
-func (u *upstream) update(ctx context.Context, a account, remote map[string]string, again bool) error {
-	tips := digest(fmt.Sprint(remote))
-	if u.spent.tips == tips && time.Since(u.spent.at) < healEvery && !again {
-		return u.spent.err
-	}
-	u.spent.tips = ""
-	err := u.fetchTips(ctx, a, remote)
-	if err == nil {
-		err = u.advance(ctx, a, remote)
-	}
-	if err != nil && ctx.Err() == nil && atLimit.MatchString(err.Error()) {
-		u.spent.tips, u.spent.at, u.spent.err = tips, time.Now(), err
-	}
-	return err
-}
-
-// fetchTips fetches the branches that moved, and tells a failure of the network's from damage in the clone.
-func (u *upstream) fetchTips(ctx context.Context, a account, remote map[string]string) error {
-	var refs []string
-	// Small contents come along, which saves a second request, but not with all of history.
-	limit, filter := cloneLimit, "--filter=blob:none"
-	for branch, l := range u.looks {
-		if l.tip != "" {
-			limit, filter = fetchLimit, "--filter=blob:limit=100k"
-		}
-		if tip := remote[branch]; tip != "" && tip != l.tip {
-			refs = append(refs, "refs/heads/"+branch)
-		}
-	}
-	if refs == nil {
-		return nil
-	}
-	slices.Sort(refs)
-	args := append([]string{filter, "origin"}, refs...)
-	if !u.filtered() {
-		args = args[1:]
-	}
-	err := u.fetch(ctx, a, limit, nil, args...)
-	if err == nil || ctx.Err() != nil {
-		return err
-	}
-	return errors.Join(err, u.probe(ctx, a))
-}
-
-// advance walks the commits that are news, fetches what is missing of what services are shown of them, and
-// makes them known.
-func (u *upstream) advance(ctx context.Context, a account, remote map[string]string) error {
-	tips := map[string]string{}
-	for branch, l := range u.looks {
-		tips[branch] = cmp.Or(remote[branch], l.tip)
-	}
-	shown, ids, err := u.see(ctx, a, tips)
+// canFilter finds out whether upstream leaves out contents at a fetch, and hands out single objects later,
+// from what it says of itself: fetch=shallow filter (protocol 2), or a list behind the first ref (protocol
+// 0). A web server that knows nothing of git says nothing.
+func (u *upstream) canFilter(ctx context.Context) (bool, error) {
+	f, err := os.CreateTemp("", "gitopper")
 	if err != nil {
-		return err
+		return false, err
 	}
-	lacks, err := u.missing(ctx, a, ids)
-	if err == nil {
-		err = u.bring(ctx, a, lacks)
-	}
-	if err != nil {
-		return err
-	}
+	defer f.Close()
+	defer os.Remove(f.Name())
+	cmd := u.networkGit("", "ls-remote", "-q", "origin", "refs/heads/none")
+	cmd.Env = append(cmd.Env, "GIT_TRACE_PACKET=3")
+	cmd.ExtraFiles = []*os.File{f}
+	_, err = u.runNetworkGit(ctx, cmd, "ls-remote", lookLimit, maxObject)
+	start, _ := io.ReadAll(io.NewSectionReader(f, 0, 64<<10))
+	return offers.Match(start), err
+}
 
-	for branch, tip := range tips {
-		if tip == u.looks[branch].tip {
+var offers = regexp.MustCompile(`< fetch=(.* )?filter\s` +
+	`|\\0.*allow-any-sha1-in-want.* filter\s|\\0(.* )?filter .*allow-any-sha1-in-want`)
+
+// retireUpstreams removes the clones below stateDir that are of no upstream in use.
+func retireUpstreams(ctx context.Context, stateDir string, inUse []*upstream) {
+	names, _ := filepath.Glob(filepath.Join(stateDir, "upstreams", "*"))
+	for _, name := range names {
+		if slices.ContainsFunc(inUse, func(u *upstream) bool { return strings.HasPrefix(name, u.dir) }) {
 			continue
 		}
-		if err := u.write("/fetch/refs/tips/"+digest(branch), tip+"\n"); err != nil {
-			return err
+		if err := removeTree(ctx, name); err != nil && ctx.Err() == nil {
+			slog.Warn(fmt.Sprintf("remove a clone that no service uses: %v", err))
 		}
 	}
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.tips = shown
-	for branch, l := range u.looks {
-		l.tip = tips[branch]
-		u.looks[branch] = l
-	}
-	return nil
 }

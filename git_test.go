@@ -391,8 +391,8 @@ func TestGitServers(t *testing.T) {
 			}
 			runs := w.counting(more)
 			w.look()
-			if w.u.filtered() && tc.name != "refuses" != tc.filtered {
-				t.Errorf("filtered: %v", w.u.filtered())
+			if w.u.clone.filtered() && tc.name != "refuses" != tc.filtered {
+				t.Errorf("filtered: %v", w.u.clone.filtered())
 			}
 			if got := w.read("etc/app.conf"); got != "one\n" {
 				t.Errorf("%q", got)
@@ -546,10 +546,11 @@ func TestGitDamageHeals(t *testing.T) {
 		{"empty HEAD", spoil("/fetch/HEAD", "")},
 		{"empty config", spoil("/fetch/config", "")},
 		{"garbage config", spoil("/read/config", "[[[")},
-		{"empty ref", func(w *gitWorld) error { return os.WriteFile(w.u.tipFile("main"), nil, 0o644) }},
-		{"dangling ref", spoil("/fetch/refs/tips/x", strings.Repeat("1", 40)+"\n")},
-		{"dangling packed ref", spoil("/fetch/packed-refs", strings.Repeat("1", 40)+" refs/ran/x\n")},
-		{"torn packed ref", spoil("/fetch/packed-refs", packedHead+strings.Repeat("1", 40)+" refs/ra")},
+		{"empty refs", spoil("/fetch/packed-refs", "")},
+		{"dangling ref", spoil("/fetch/refs/x", strings.Repeat("1", 40)+"\n")},
+		{"dangling packed ref", spoil("/fetch/packed-refs", strings.Repeat("1", 40)+" "+tipRef("main")+"\n")},
+		{"another packed ref", spoil("/fetch/packed-refs", strings.Repeat("1", 40)+" refs/ran/x\n")},
+		{"torn packed ref", spoil("/fetch/packed-refs", strings.Repeat("1", 40)+" refs/ti")},
 		{"lock", spoil("/fetch/packed-refs.lock", "")},
 		{"others can write", func(w *gitWorld) error { return os.Chmod(w.u.dir+"/fetch", 0o777) }},
 		{"another's objects", func(w *gitWorld) error { return os.Chown(w.u.objectsDir(), 65534, 65534) }},
@@ -683,7 +684,7 @@ func TestGitFalseObjects(t *testing.T) {
 			if err := errors.Join(err, os.Remove(to), os.WriteFile(to, data, 0o444)); err != nil {
 				t.Fatal(err)
 			}
-			w.u.forget()
+			w.u.clone.forget()
 			content, err := w.u.tree(t.Context(), tip, w.etc)
 			if kind == "blob" && err == nil {
 				_, err = w.blob(content["etc/app.conf"].id)
@@ -692,10 +693,10 @@ func TestGitFalseObjects(t *testing.T) {
 				t.Errorf("%v", err)
 			}
 			w.look()
-			if got := w.read("etc/app.conf"); got != "one\n" || *w.u.hurt != nil {
-				t.Errorf("%q, %v", got, *w.u.hurt)
+			if got := w.read("etc/app.conf"); got != "one\n" || w.u.clone.damage() != nil {
+				t.Errorf("%q, %v", got, w.u.clone.damage())
 			}
-			w.u.hurts(w.u.hurt, damaged{errMissing})
+			w.u.clone.noteDamage(damaged{errMissing})
 			if err := w.u.lookNow(t.Context(), false); err == nil || !strings.Contains(err.Error(), "was made anew at") {
 				t.Errorf("healed twice within the hour: %v", err)
 			}
@@ -752,12 +753,12 @@ func TestGitHistory(t *testing.T) {
 		first: {first}, first[:12]: {first}, all[7][:10]: {all[7]}, gone[:10]: {gone}, forced: {forced}, gone: {gone},
 		"0123456789": nil, strings.Repeat("0", 40): nil, all[3][:39] + "g": nil,
 	} {
-		c, err := w.u.find(t.Context(), "main", hash, []string{gone})
+		c, err := w.u.named(t.Context(), "main", hash, []string{gone})
 		if err != nil || !slices.Equal(c, want) {
 			t.Errorf("find %q: %q, %v, want %q", hash, c, err, want)
 		}
 	}
-	if c, err := w.u.find(t.Context(), "main", "", []string{gone}); len(c) != 22 || err != nil {
+	if c, err := w.u.named(t.Context(), "main", "", []string{gone}); len(c) != 22 || err != nil {
 		t.Errorf("all: %q, %v", c, err)
 	}
 	r := (*refusal)(nil)
@@ -884,36 +885,39 @@ func TestGitLeftovers(t *testing.T) {
 	}
 }
 
-// TestGitPacks: many small fetches end in one pack, and commits that ran outlive it.
+// TestGitPacks: many small fetches end in one pack, and commits that ran outlive it, which upstream has no more.
 func TestGitPacks(t *testing.T) {
-	w := newGitWorld(t)
-	ran := w.commit("etc/app.conf", "ran\n")
-	w.look()
-	if err := errors.Join(w.u.keep("app", []string{ran}), w.u.keep("app", []string{ran})); err != nil {
-		t.Fatal(err)
-	}
-	w.git("reset", "-q", "--hard", "HEAD~1")
-	w.commit("etc/app.conf", "two\n")
-	w.look()
-	pack := w.u.objectsDir() + "/pack/"
-	packs, _ := filepath.Glob(pack + "*.pack")
-	for i := range 51 - len(packs) {
-		for _, ext := range []string{".pack", ".idx", ".promisor"} {
-			data, _ := os.ReadFile(strings.TrimSuffix(packs[0], ".pack") + ext)
-			_ = os.WriteFile(fmt.Sprintf("%spack-%040d%s", pack, i, ext), data, 0o444)
+	for _, filter := range []string{"true", "false"} {
+		w := newGitWorld(t)
+		w.git("config", "uploadpack.allowFilter", filter)
+		for i := range 120 { // or git does not make a pack of what it fetches
+			w.commit("etc/more", fmt.Sprint(i))
 		}
-	}
-	w.u.pack(t.Context())
-	if packs, _ := filepath.Glob(pack + "*.pack"); len(packs) > 1 {
-		t.Errorf("%d packs", len(packs))
-	}
-	tree, err := w.u.tree(t.Context(), ran, w.etc)
-	if text, err2 := w.blob(tree["etc/app.conf"].id); text != "ran\n" || errors.Join(err, err2) != nil {
-		t.Errorf("%q, %v, %v", text, err, err2)
-	}
-	data, err := os.ReadFile(w.u.dir + "/fetch/packed-refs")
-	if !strings.Contains(string(data), ran+" refs/ran/"+ran+"\n") || err != nil {
-		t.Errorf("%s, %v", data, err)
+		ran := w.commit("etc/app.conf", "ran\n")
+		w.look()
+		w.git("reset", "-q", "--hard", "HEAD~1")
+		w.commit("etc/app.conf", "two\n")
+		w.look()
+		pack := w.u.objectsDir() + "/pack/"
+		packs, _ := filepath.Glob(pack + "*.pack")
+		for i := range 51 - len(packs) {
+			for _, ext := range []string{".pack", ".idx", ".promisor"} {
+				data, err := os.ReadFile(strings.TrimSuffix(packs[0], ".pack") + ext)
+				if err == nil {
+					_ = os.WriteFile(fmt.Sprintf("%spack-%040d%s", pack, i, ext), data, 0o444)
+				}
+			}
+		}
+		w.u.repack(t.Context())
+		if packs, _ := filepath.Glob(pack + "*.pack"); len(packs) != 1 {
+			t.Errorf("%d packs", len(packs))
+		}
+		w.upstream(w.u.url, "")
+		w.look()
+		tree, err := w.u.tree(t.Context(), ran, w.etc)
+		if text, err2 := w.blob(tree["etc/app.conf"].id); text != "ran\n" || errors.Join(err, err2) != nil {
+			t.Errorf("filter %s: %q, %v, %v", filter, text, err, err2)
+		}
 	}
 }
 
@@ -954,7 +958,8 @@ func TestGitEnvironment(t *testing.T) {
 	t.Setenv("https_proxy", "http://proxy:1")
 	t.Setenv("SSL_CERT_FILE", "/certs")
 	u := newUpstream("/s", "ext::touch /tmp/x", "")
-	cmd := u.reach(account{uid: os.Getuid() + 1, home: "/home/x"}, u.dir+"/fetch", "fetch")
+	u.acct.Store(&account{uid: os.Getuid() + 1, home: "/home/x"})
+	cmd := u.networkGit(u.dir+"/fetch", "fetch")
 	env := strings.Join(cmd.Env, "\n") + "\n"
 	for _, want := range []string{
 		"HOME=/home/x", "https_proxy=http://proxy:1", "SSL_CERT_FILE=/certs", "GIT_DIR=" + u.dir + "/fetch", "GIT_CONFIG_GLOBAL=/dev/null",
@@ -968,7 +973,8 @@ func TestGitEnvironment(t *testing.T) {
 		t.Errorf("%s %q", env, cmd.Args)
 	}
 	u.track("main", nil, func() {})
-	if _, err := u.ask(t.Context(), account{uid: os.Getuid()}); err == nil || !strings.Contains(err.Error(), "transport 'ext' not allowed") {
+	u.acct.Store(&account{uid: os.Getuid()})
+	if _, err := u.lsRemote(t.Context()); err == nil || !strings.Contains(err.Error(), "transport 'ext' not allowed") {
 		t.Errorf("ext: %v", err)
 	}
 	if err := gitVersion(t.Context()); err != nil {

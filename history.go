@@ -129,8 +129,8 @@ func (s *Service) tally(ctx context.Context) {
 	}
 
 	if runs.Commit != old.runs.Commit || old.Committed.IsZero() {
-		shown, _ := s.up.showing(ctx, runs.Commit, s.dirs)
-		now.Committed = shown.committed
+		w, _ := s.up.walk(ctx, runs.Commit, s.dirs)
+		now.Committed = w.committed
 	}
 	switch {
 	case tip.Content == runs.Content:
@@ -150,7 +150,7 @@ func (s *Service) tally(ctx context.Context) {
 // tells of the newest. It is what git says, which runs as the clone's user: for people only.
 func (u *upstream) between(ctx context.Context, from, to string, dirs []dir) (
 	list []ctl.Commit, n int, err error) {
-	a, err := u.account(ctx)
+	c, err := u.ready(ctx)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -159,7 +159,7 @@ func (u *upstream) between(ctx context.Context, from, to string, dirs []dir) (
 	for _, d := range dirs {
 		args = append(args, d.link)
 	}
-	out, err := runGit(ctx, "log", u.reader(a, args...), lookLimit)
+	out, err := runGit(ctx, "log", c.git(args...), lookLimit)
 	if err != nil {
 		return nil, 0, err
 	}

@@ -386,7 +386,7 @@ func (s *Service) named(ctx context.Context, hash string) (string, error) {
 // find returns the commit that a hash names among those that ran here and in the history that is known of the
 // branch, or an *opError. Everybody may call it.
 func (s *Service) find(ctx context.Context, hash string, ran []string) (string, error) {
-	commits, err := s.up.find(ctx, s.branch, hash, ran)
+	commits, err := s.up.named(ctx, s.branch, hash, ran)
 	switch {
 	case err != nil:
 		return "", &opError{status: "Internal Server Error", err: err}

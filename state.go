@@ -529,9 +529,6 @@ func (s *Service) settled(now told) error {
 		s.rec.Good = now.version
 		isGood := func(f refusal) bool { return f.Content == now.Content }
 		s.rec.Refused = slices.DeleteFunc(s.rec.Refused, isGood)
-		if err := s.up.keep(s.service, s.rec.ran()); err != nil {
-			slog.Warn(fmt.Sprintf("%s: %v", s.service, err))
-		}
 	} else if wasTold {
 		return nil
 	}
