@@ -78,7 +78,22 @@ func (k kind) String() string {
 	return "directory"
 }
 
-// defaults returns where the values of the options go that [global] has, too.
+// options returns where the values of an entry's options go, by their names, but for dirs.
+func (s *spec) options() map[string]any {
+	all := s.defaults()
+	all["machine"], all["service"], all["package"], all["check"] = &s.machine, &s.service, &s.pkg, &s.check
+	return all
+}
+
+func (k *key) options() map[string]any { return map[string]any{"path": &k.path, "ro": &k.ro} }
+
+func (d *dir) options() map[string]any {
+	return map[string]any{
+		"local": &d.local, "link": &d.link, "file": (*bool)(&d.kind), "mode": &d.mode, "group": &d.group,
+	}
+}
+
+// defaults is options for those that [global] has, too.
 func (s *spec) defaults() map[string]any {
 	return map[string]any{
 		"upstream": &s.upstream, "branch": &s.branch, "mount": &s.mount, "user": &s.user, "action": &s.action,
@@ -339,7 +354,7 @@ func (p *parser) keys(global spot, keys []toml.Primitive, wrong []string) {
 	for i, entry := range keys {
 		where := global.inner("keys", i)
 		var k key
-		wrong := p.take(where, entry, map[string]any{"path": &k.path, "ro": &k.ro})
+		wrong := p.take(where, entry, k.options())
 		if k.path == "" {
 			p.tell(where.name, mistakes{{"path", "path: required"}}, wrong)
 			continue
@@ -365,16 +380,12 @@ func (p *parser) service(i int, entry toml.Primitive, s spec) {
 		where.name += fmt.Sprintf(" %q", named.Service)
 	}
 	var dirs []toml.Primitive
-	options := s.defaults()
-	maps.Copy(options, map[string]any{
-		"machine": &s.machine, "service": &s.service, "package": &s.pkg, "check": &s.check, "dirs": &dirs,
-	})
+	options := s.options()
+	options["dirs"] = &dirs
 	wrong := p.take(where, entry, options)
 	for j, entry := range dirs {
 		var d dir
-		for _, name := range p.take(where.inner("dirs", j), entry, map[string]any{
-			"local": &d.local, "link": &d.link, "file": (*bool)(&d.kind), "mode": &d.mode, "group": &d.group,
-		}) {
+		for _, name := range p.take(where.inner("dirs", j), entry, d.options()) {
 			wrong = append(wrong, fmt.Sprintf("dirs[%d].%s", j, name))
 		}
 		s.dirs = append(s.dirs, d)

@@ -6,11 +6,12 @@ import (
 	"bytes"
 	"debug/elf"
 	"flag"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -33,16 +34,16 @@ func formatted(t *testing.T, page string) {
 
 // The manual page has every option, config key, metric and command.
 func TestManual(t *testing.T) {
-	dir := t.TempDir()
+	tmp := t.TempDir()
 	help, _, _ := gitopper(t, "--help")
 	ctlHelp, _, _ := gitopper(t, "ctl", "--help")
 	for name, text := range map[string]string{"help": help, "ctl-help": ctlHelp} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(tmp, name), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
 	cmd := exec.Command("go", "run", "testdata/manual.go", "v0.1.0", "2026-01-02",
-		filepath.Join(dir, "help"), filepath.Join(dir, "ctl-help"), "README.md")
+		filepath.Join(tmp, "help"), filepath.Join(tmp, "ctl-help"), "README.md")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -56,11 +57,13 @@ func TestManual(t *testing.T) {
 	new(options).flags().VisitAll(func(f *flag.Flag) {
 		want = append(want, strings.Repeat("-", min(2, len(f.Name)))+f.Name)
 	})
-	for _, table := range []any{rawDefaults{}, rawGlobal{}, rawKey{}, rawService{}, rawDir{}} {
-		for _, field := range reflect.VisibleFields(reflect.TypeOf(table)) {
-			want = append(want, field.Tag.Get("toml"))
-		}
+	var s spec
+	var k key
+	var d dir
+	for _, table := range []map[string]any{s.options(), k.options(), d.options()} {
+		want = slices.AppendSeq(want, maps.Keys(table))
 	}
+	want = append(want, "keys", "dirs")
 	metrics, err := os.ReadFile("testdata/metrics.txt")
 	if err != nil {
 		t.Fatal(err)
