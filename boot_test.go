@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 	"syscall"
@@ -172,4 +173,67 @@ func TestRollbackUndoesEditsDespiteTrouble(t *testing.T) {
 	w.write("local/etc/app.conf", "emergency\n")
 	w.reconcile()
 	w.shows("local/etc/app.conf", "emergency\n")
+}
+
+// TestBootWhileFilesAreAway: what was mounted before the boot is mounted again, also where its files are to be laid out for
+// another user, or shown at other links, and upstream is away; or where the user is not known without a network.
+func TestBootWhileFilesAreAway(t *testing.T) {
+	t.Run("another user", func(t *testing.T) {
+		w := okWorld(t)
+		for i, user := range []string{"nobody", "", "nobody"} {
+			w.asNobody()
+			w.spec.user = user
+			w.run("chown", "-R", "0", w.bare)
+			w.commit("one.conf", strings.Repeat("single\n", i+2))
+			w.run("chown", "-R", cmp.Or(user, "root"), w.bare)
+			w.upstreamGoes()
+			w.restart()
+			retireUpstreams(t.Context(), w.dir+"/state", []*upstream{w.up})
+			w.reconcile()
+			w.shows("local/etc/app.conf", "one\n")
+			for range 2 {
+				w.reboot()
+				w.shows("local/etc/app.conf", "one\n")
+				w.shows("local/one.conf", strings.Repeat("single\n", i+1))
+				w.reconcile()
+				w.shows("local/etc/app.conf", "one\n")
+			}
+			w.calls()
+			w.upstreamComes()
+			w.reconcile()
+			w.want("OK", "", "one\n", "reload")
+			w.wantOwner(w.s.files.dir+"/etc", w.s.files.acct.uid)
+		}
+	})
+	t.Run("unknown user", func(t *testing.T) {
+		w := okWorld(t)
+		w.spec.user = "of-the-network"
+		w.reboot()
+		w.shows("local/etc/app.conf", "one\n")
+	})
+	t.Run("no name service is asked", func(t *testing.T) {
+		w := okWorld(t)
+		w.asNobody()
+		w.restart()
+		w.reconcile()
+		w.write("bin/getent", "#!/bin/sh\necho $$ >"+w.dir+"/asked\n")
+		w.run("chmod", "+x", w.dir+"/bin/getent")
+		w.spec.user = "of-the-network"
+		w.reboot()
+		w.shows("local/etc/app.conf", "one\n")
+		if lexists(w.dir + "/asked") {
+			t.Error("the name service was asked")
+		}
+	})
+	t.Run("other links, to be checked", func(t *testing.T) {
+		w := okWorld(t)
+		w.upstreamGoes()
+		w.spec.check = []string{"true"}
+		w.spec.dirs = append(w.spec.dirs, dir{local: w.dir + "/local/other", link: "other"})
+		w.reboot()
+		w.shows("local/etc/app.conf", "one\n")
+		w.upstreamComes()
+		w.reconcile()
+		w.shows("local/other/file", "x\n")
+	})
 }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -106,15 +107,14 @@ func (t *mountTable) name(wants []shown, right map[shown]bool) {
 
 // restore makes every mount that the table names again, with nothing but the table: the first thing after a
 // boot, before there is a config. A checkout counts only where it is root's, for after a boot anybody may
-// have made one in a directory such as /tmp. Where a taking over was cut short the link may still lie beside
-// it.
+// have made one in a directory such as /tmp. Where a taking over was cut short, or its new files are not to be
+// had yet, the link still lies beside it.
 func (t *mountTable) restore(service string) (errs error) {
 	for _, w := range slices.Clone(t.Shown) {
-		for _, beside := range []string{"", ".new", ".before"} {
-			if at := w.Checkout + beside; lexists(at + "/" + w.Link) {
-				w.Checkout = at
-				break
-			}
+		hasLink := func(checkout string) bool { return lexists(checkout + "/" + w.Link) }
+		places := append([]string{w.Checkout, w.Checkout + ".new"}, setAsides(w.Checkout)...)
+		if i := slices.IndexFunc(places, hasLink); i >= 0 {
+			w.Checkout = places[i]
 		}
 		if shows(w.Checkout, w.Link, w.Local) {
 			continue
@@ -123,6 +123,23 @@ func (t *mountTable) restore(service string) (errs error) {
 		errs = errors.Join(errs, t.mount(service, w, os.Getuid()))
 	}
 	return errs
+}
+
+// setAsides returns the directories that were set aside to make place for a checkout, the newest first.
+func setAsides(checkout string) (found []string) {
+	changed := map[string]int64{}
+	entries, _ := os.ReadDir(filepath.Dir(checkout))
+	for _, e := range entries {
+		fi, err := e.Info()
+		isAside := strings.HasPrefix(e.Name(), filepath.Base(checkout)+".before")
+		if err == nil && isAside {
+			name := filepath.Join(filepath.Dir(checkout), e.Name())
+			changed[name] = fi.Sys().(*syscall.Stat_t).Ctim.Nano()
+			found = append(found, name)
+		}
+	}
+	slices.SortFunc(found, func(a, b string) int { return cmp.Compare(changed[b], changed[a]) })
+	return found
 }
 
 // makeTargets makes an empty directory or file at every local that is missing, so that a check has something

@@ -449,6 +449,9 @@ func (s *Service) showLinks(content string) error {
 		}
 	}
 	_, err := s.rec.Mounts.show(s.service, s.files.dir, s.dirs, s.files.acct, s.save)
+	if err == nil {
+		s.facts.mounted = cmp.Or(s.facts.mounted, sinceBoot())
+	}
 	return err
 }
 

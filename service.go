@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -54,7 +55,7 @@ type facts struct {
 	seenAt time.Time // when the unit last settled, or was looked at
 
 	waiting waiting       // what upstream has that does not run
-	mounted time.Duration // CLOCK_MONOTONIC when our start had made the mounts; 0: it could not
+	mounted time.Duration // CLOCK_MONOTONIC when all mounts were there; 0: they are not
 }
 
 // op is what an operator asks of a service.
@@ -418,22 +419,25 @@ func mountFirst(ctx context.Context, services []*Service) {
 func (s *Service) mountWhatIsThere(ctx context.Context) error {
 	live := s.files.live()
 	isOther := live.Content != "" && !s.isOfToday(live)
-	if isOther && len(s.check) > 0 {
-		return nil // what other links show is to be checked first
-	}
-	if live.Commit == "" && s.rec.Told.Commit == "" {
+	switch {
+	case live.Commit == "" && s.rec.Told.Commit == "":
 		return nil // not ours yet
+	case isOther && len(s.check) > 0: // what other links show is to be checked first
+		return s.rec.Mounts.restore(s.service)
 	}
-	acct, err := lookupAccount(ctx, s.user)
+
+	s.files.acct = account{uid: os.Getuid(), gid: os.Getgid()} // others may be known to the network only
+	if s.showLinks(live.Content) == nil {
+		return nil
+	}
+	var err error
+	if s.files.acct, err = lookupAccount(ctx, s.user); err == nil { // whose an older gitopper's checkout is
+		err = s.showLinks(live.Content)
+	}
 	if err != nil {
-		return err
+		err = errors.Join(err, s.rec.Mounts.restore(s.service))
 	}
-	s.files.acct = acct
-	if err := s.showLinks(live.Content); err != nil {
-		return err
-	}
-	s.facts.mounted = sinceBoot()
-	return nil
+	return err
 }
 
 // restoreMounts makes the mounts of before again, from the records alone.
