@@ -628,7 +628,7 @@ func TestServiceLoopGoesOnWithATrial(t *testing.T) {
 	os.Remove(w.fake + "/svc.service")
 	w.commit("etc/app.conf", "bad\n", "one.conf", "new\n")
 	_ = w.up.lookNow(ctx, false)
-	eventually(t, "told", func() bool { return lexists(w.fake + "/svc.service") })
+	eventually(t, "told", func() bool { return w.read("fake/svc.service") == "active" })
 	w.write("fake/svc.service", "failed") // it dies while it is watched
 	if err := w.s.do(ctx, op{verb: "rollback", hash: "abcdabcd"}); err == nil {
 		t.Error("a rollback to an unknown commit was carried out")
