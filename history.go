@@ -180,8 +180,8 @@ func (u *upstream) between(ctx context.Context, from, to string, dirs []dir) (
 	return list, n, nil
 }
 
-// preview shows what a commit, upstream's newest where none is named, would change of what runs, and names the
-// local edits that are kept. Everybody may call it; it takes 25 s at most.
+// preview shows what a commit, upstream's newest where none is named, would change of what runs, and names
+// the local edits that are kept. Everybody may call it; it takes 25 s at most.
 func (s *Service) preview(ctx context.Context, hash string) (string, error) {
 	limited, cancel := context.WithTimeout(ctx, diffLimit)
 	defer cancel()

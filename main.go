@@ -10,7 +10,8 @@
 //     difference live path by path, and keeps local edits (publish.go),
 //  6. bind-mounts files and directories to where the service reads them (mount.go),
 //  7. tells the unit, and watches it settle (systemd.go), or goes back to the last good commit (pass.go), and
-//  8. says how it went (state.go), to operators (ssh.go) and to a monitoring system (metrics.go).
+//  8. says how it went (state.go): to operators (ssh.go, commands.go) and to a monitoring system
+//     (metrics.go).
 //
 // Reading order: run in this file, then Service.run in service.go, then Service.reconcile in pass.go, which
 // does the above in that order; then files.go and publish.go, which are how a file on the host changes.
@@ -450,7 +451,7 @@ func (a *agent) configRight() bool {
 		}
 	}
 	server := a.server.Load()
-	return a.wrong.Load() == nil && (server == nil || server.keysOK())
+	return a.wrong.Load() == nil && (server == nil || server.keys.ok())
 }
 
 // feedWatchdog tells systemd that all loops turn, as long as they do.

@@ -86,7 +86,7 @@ func newSSHFixture(t *testing.T, tune func(*sshFixture)) *sshFixture {
 			Info: `git: <no such branch> "m&m" in 1 line` + quote(": the check's own words")}),
 	}
 	s, err := newSSHServer(filepath.Join(f.dir, "host"), true,
-		[]key{{filepath.Join(f.dir, "rw.pub"), false, nil}, {filepath.Join(f.dir, "ro.pub"), true, nil}}, []string{"here", "there", "here"}, "here.example.org", services)
+		[]key{f.keyOf("rw.pub", false), f.keyOf("ro.pub", true)}, []string{"here", "there"}, "here.example.org", services)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,6 +131,13 @@ func (f *sshFixture) key(name, comment string) ssh.Signer {
 	f.write(name, string(pem.EncodeToMemory(block)))
 	f.write(name+".pub", keyLine(signer, comment))
 	return signer
+}
+
+// keyOf is a key file as the config has it.
+func (f *sshFixture) keyOf(name string, ro bool) key {
+	file := filepath.Join(f.dir, name)
+	text, _ := os.ReadFile(file)
+	return key{file, ro, text}
 }
 
 func keyLine(s ssh.Signer, comment string) string {
@@ -660,7 +667,7 @@ func TestSSHKeyFiles(t *testing.T) {
 	}
 	check := func(what string, rw, other, ok bool) {
 		t.Helper()
-		if got := [3]bool{comesIn(f.rw), comesIn(carol), f.keysOK()}; got != [3]bool{rw, other, ok} {
+		if got := [3]bool{comesIn(f.rw), comesIn(carol), f.sshServer.keys.ok()}; got != [3]bool{rw, other, ok} {
 			t.Errorf("%s: alice, carol, ok = %v", what, got)
 		}
 	}
@@ -700,9 +707,10 @@ func TestSSHKeyFiles(t *testing.T) {
 		if _, errs, _ := f.ask(c, "/do/pull prometheus"); errs != "Unauthorized: key carol, ro is read-only\n" {
 			t.Errorf("%q", errs)
 		}
-		f.keyMu.Lock()
-		f.files[0], f.files[1] = f.files[1], f.files[0]
-		f.keyMu.Unlock()
+		f.sshServer.keys.mu.Lock()
+		swap := f.sshServer.keys.files
+		swap[0], swap[1] = swap[1], swap[0]
+		f.sshServer.keys.mu.Unlock()
 	}
 	log := f.log.String()
 	for _, want := range []string{"rw.pub: read anew, 2 keys", "rw.pub: line 4: not a public key", "rw.pub: no public key in it", "no such file", "not a regular file", "stay valid"} {
@@ -720,7 +728,7 @@ func TestSSHHostKey(t *testing.T) {
 	f.key("k", "k")
 	file := filepath.Join(f.dir, "host")
 	start := func(file string, makeKey bool) (*sshServer, error) {
-		return newSSHServer(file, makeKey, []key{{filepath.Join(f.dir, "k.pub"), false, nil}}, nil, "h", nil)
+		return newSSHServer(file, makeKey, []key{f.keyOf("k.pub", false)}, nil, "h", nil)
 	}
 	if _, err := start(file, false); err == nil || !strings.Contains(err.Error(), file) || !strings.Contains(err.Error(), "ssh-keygen") {
 		t.Errorf("missing: %v", err)
@@ -754,7 +762,7 @@ func TestSSHHostKey(t *testing.T) {
 	if _, err := start(filepath.Join(f.dir, "locked"), false); err == nil || !strings.Contains(err.Error(), "passphrase") {
 		t.Errorf("passphrase: %v", err)
 	}
-	if _, err := newSSHServer(file, false, []key{{filepath.Join(f.dir, "none"), false, nil}}, nil, "h", nil); err == nil {
+	if _, err := newSSHServer(file, false, []key{f.keyOf("none", false)}, nil, "h", nil); err == nil {
 		t.Error("a missing key file is no error")
 	}
 	if out, err := exec.Command("ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-N", "", "-f", filepath.Join(f.dir, "rsa")).CombinedOutput(); err != nil {
@@ -837,7 +845,7 @@ func TestParseOp(t *testing.T) {
 // A client that reads nothing stops neither the service nor the server.
 func TestSSHDeafClient(t *testing.T) {
 	f := newSSHFixture(t, func(f *sshFixture) {
-		f.answer = 100 * time.Millisecond
+		f.patience.answer = 100 * time.Millisecond
 		f.doing = func(_ context.Context, o op) error {
 			for range 10000 {
 				o.step(strings.Repeat("x", 1000))
@@ -932,7 +940,7 @@ func TestSSHStop(t *testing.T) {
 func TestSSHStopStubborn(t *testing.T) {
 	release := make(chan bool)
 	f := newSSHFixture(t, func(f *sshFixture) {
-		f.answer = 50 * time.Millisecond
+		f.patience.answer = 50 * time.Millisecond
 		f.doing = func(context.Context, op) error { <-release; return nil }
 	})
 	s, err := f.client(f.rw).NewSession()
@@ -949,7 +957,9 @@ func TestSSHStopStubborn(t *testing.T) {
 }
 
 func TestSSHTimes(t *testing.T) {
-	f := newSSHFixture(t, func(f *sshFixture) { f.handshake, f.idle = 300*time.Millisecond, 100*time.Millisecond })
+	f := newSSHFixture(t, func(f *sshFixture) {
+		f.patience.handshake, f.patience.idle = 300*time.Millisecond, 100*time.Millisecond
+	})
 	c := f.client(f.rw)
 	c.Wait() // idle
 	for name, text := range map[string]string{"silent": "", "slow": "SSH-2.0-slow\r\n", "no line": "SSH-2.0-", "junk": "GET / HTTP/1.0\r\n\r\n"} {
@@ -1035,7 +1045,7 @@ func TestSSHEnter(t *testing.T) {
 	}
 	gone := func(cs ...*sshConn) (n int) {
 		for _, c := range cs {
-			if c.evicted() != nil {
+			if c.evicted.Load() {
 				n++
 			}
 		}

@@ -1,0 +1,309 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"gitopper/ctl"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// route is one command of the SSH interface.
+type route struct {
+	path     string
+	ro       bool // it only looks: ro keys may use it, too
+	min, max int  // words after path
+	usage    string
+	run      func(*sshServer, context.Context, *sshConn, []string, func(string)) (any, error)
+}
+
+// sshRoutes is everything that can be asked for.
+func sshRoutes() []route {
+	return []route{
+		{"/list/machine", true, 0, 0, "", (*sshServer).listMachines},
+		{"/list/service", true, 0, 1, "[SERVICE]", (*sshServer).listServices},
+		{"/list/log", true, 1, 1, "SERVICE", (*sshServer).listLog},
+		{"/list/diff", false, 1, 2, "SERVICE [HASH]", (*sshServer).listDiff},
+		{"/do/freeze", false, 1, maxRequest, "SERVICE [DURATION] [REASON...]", (*sshServer).change},
+		{"/do/unfreeze", false, 1, 1, "SERVICE", (*sshServer).change},
+		{"/do/rollback", false, 2, maxRequest, "SERVICE HASH [REASON...]", (*sshServer).change},
+		{"/do/pull", false, 1, 1, "SERVICE", (*sshServer).change},
+	}
+}
+
+const (
+	maxRequest = 4 << 10                   // bytes of a command
+	maxReason  = 200                       // bytes
+	maxFreeze  = 10 * 365 * 24 * time.Hour // longer is a typing error
+)
+
+// told returns a text as a visitor may read it.
+func (v visitor) told(text string) string {
+	if v.write {
+		return unmark(text)
+	}
+	return public(text)
+}
+
+func sshError(status, format string, args ...any) error {
+	return &opError{status: status, err: fmt.Errorf(format, args...)}
+}
+
+// errorLine is how a client sees an error: HTTP status text first, and private words only for who may write.
+func errorLine(err error, write bool) string {
+	status := "Internal Server Error"
+	if oe, ok := errors.AsType[*opError](err); ok {
+		status = oe.status
+	}
+	return printable(status+": "+visitor{write: write}.told(err.Error()), 4000)
+}
+
+// parseRequest takes an exec request's payload apart: a string (RFC 4254 section 6.5) of printable words.
+func parseRequest(payload []byte) ([]string, error) {
+	if len(payload) > maxRequest {
+		return nil, sshError("Bad Request", "a command has at most %d bytes", maxRequest)
+	}
+	var r struct{ Command string }
+	if ssh.Unmarshal(payload, &r) != nil {
+		r.Command = "" // as for a shell, which has no payload
+	}
+	if r.Command != printable(r.Command, maxRequest) {
+		return nil, sshError("Bad Request", "a command is UTF-8 without control characters")
+	}
+
+	words := strings.Fields(r.Command)
+	if len(words) == 0 {
+		return nil, sshError("Bad Request", "no command, and no shell here; say one, such as /list/service")
+	}
+	return words, nil
+}
+
+// run answers a request, or refuses it with a line in the log.
+func (s *sshServer) run(ctx context.Context, c *sshConn, payload []byte, step func(string)) (any, error) {
+	c.busy(ctx, 0)
+	words, err := parseRequest(payload)
+	if err == nil {
+		var r route
+		if r, err = findRoute(words, c.who); err == nil {
+			return r.run(s, ctx, c, words, step)
+		}
+	}
+	slog.Warn(fmt.Sprintf("ssh: %q refused: %s: %s", strings.Join(words, " "), errorLine(err, false), c))
+	return nil, err
+}
+
+// findRoute finds what the first word asks for, if who may ask that, and in so many words.
+func findRoute(words []string, who visitor) (route, error) {
+	routes := sshRoutes()
+	i := slices.IndexFunc(routes, func(r route) bool { return r.path == words[0] })
+	if i < 0 {
+		return route{}, sshError("Not Found", "no command %q; there are /list/ and /do/", words[0])
+	}
+
+	r, n := routes[i], len(words)-1
+	if !r.ro && !who.write {
+		return route{}, sshError("Unauthorized", "key %s is read-only", who.comment)
+	}
+	if n < r.min || n > r.max {
+		return route{}, sshError("Bad Request", "usage: %s", strings.TrimSpace(r.path+" "+r.usage))
+	}
+	return r, nil
+}
+
+func (s *sshServer) listMachines(context.Context, *sshConn, []string, func(string)) (any, error) {
+	answer := ctl.Machines{Machines: []ctl.Machine{}}
+	for _, m := range s.machines {
+		answer.Machines = append(answer.Machines, ctl.Machine{Machine: m, Actual: s.actual})
+	}
+	return answer, nil
+}
+
+func (s *sshServer) listServices(_ context.Context, c *sshConn, words []string, _ func(string)) (any, error) {
+	services, answer := s.services, ctl.Services{Services: []ctl.Service{}}
+	if len(words) > 1 {
+		svc, err := s.service(words[1])
+		if err != nil {
+			return nil, err
+		}
+		services = []*Service{svc}
+	}
+	for _, svc := range services {
+		st := svc.Status()
+		info := st.Public
+		if c.who.write {
+			info = unmark(st.Info)
+		}
+		answer.Services = append(answer.Services, ctl.Service{
+			Service: st.Service, Hash: fmt.Sprintf("%.8s", st.Commit), State: st.State, StateInfo: info,
+			Change: date(st.Change), Pending: st.Pending, Committed: date(st.Committed),
+		})
+	}
+	return answer, nil
+}
+
+// service finds a service by its name.
+func (s *sshServer) service(name string) (*Service, error) {
+	for _, svc := range s.services {
+		if svc.Status().Service == name {
+			return svc, nil
+		}
+	}
+	return nil, sshError("Not Found", "no service %q on %s", name, s.actual)
+}
+
+// listLog tells of what ran, from the record, and of what waits. It runs nothing.
+func (s *sshServer) listLog(_ context.Context, c *sshConn, words []string, _ func(string)) (any, error) {
+	svc, err := s.service(words[1])
+	if err != nil {
+		return nil, err
+	}
+	rec, _, err := readRecord(recordFile(svc.stateDir, words[1]))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+
+	st := svc.Status()
+	answer := ctl.Log{
+		Service: st.Service, Ran: []ctl.Ran{},
+		Pending: append([]ctl.Commit{}, st.commits...), More: st.Pending - len(st.commits),
+	}
+	for _, r := range slices.Backward(rec.Ran[max(0, len(rec.Ran)-ranKept):]) {
+		answer.Ran = append(answer.Ran, ctl.Ran{
+			Hash: r.Commit, When: date(r.When), By: r.By, Outcome: c.who.told(r.Outcome),
+		})
+	}
+	return answer, nil
+}
+
+// listDiff shows what a commit would change. Contents may be secret: it is for keys that may write.
+func (s *sshServer) listDiff(ctx context.Context, _ *sshConn, words []string, _ func(string)) (any, error) {
+	svc, err := s.service(words[1])
+	if err != nil {
+		return nil, err
+	}
+	hash := ""
+	if len(words) > 2 {
+		if hash, err = parseHash(words[2]); err != nil {
+			return nil, err
+		}
+	}
+	text, err := svc.preview(ctx, hash)
+	return text, err
+}
+
+// date is a time as answers have it, empty where it is not known.
+func date(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format(time.RFC1123)
+}
+
+// change has a service do something, and logs what came of it. The answer is the service's row, also where
+// what was asked for was carried out, though not with the outcome that was hoped for.
+func (s *sshServer) change(ctx context.Context, c *sshConn, words []string, step func(string)) (any, error) {
+	err := s.carryOut(ctx, c, words, step)
+
+	what, result := strings.TrimPrefix(words[0], "/do/"), "ok"
+	if len(words) > 2 {
+		what += fmt.Sprintf(" %q", strings.Join(words[2:], " "))
+	}
+	if err != nil {
+		result = errorLine(err, true)
+	}
+	slog.Info(fmt.Sprintf("%s: %s by %s: %s", words[1], what, c, result))
+
+	if oe, ok := errors.AsType[*opError](err); ok && oe.done {
+		answer, _ := s.listServices(ctx, c, words[:2], nil) // the service is there
+		return answer, err
+	} else if err != nil {
+		return nil, err
+	}
+	return s.listServices(ctx, c, words[:2], nil)
+}
+
+// carryOut does not stop when the client hangs up: what was asked for is done or fails, and the log says
+// which.
+func (s *sshServer) carryOut(ctx context.Context, c *sshConn, words []string, step func(string)) error {
+	svc, err := s.service(words[1])
+	if err != nil {
+		return err
+	}
+	o, err := parseOp(words, time.Now())
+	if err != nil {
+		return err
+	}
+
+	o.who, o.step = fmt.Sprintf("%s (%s@%s)", c.who.comment, c.who.user, c.from), step
+	c.busy(ctx, 1)
+	defer c.busy(ctx, -1)
+	return s.do(svc, ctx, o)
+}
+
+// parseOp reads the words of a /do/ command, whose number is right.
+func parseOp(words []string, now time.Time) (op, error) {
+	o, rest := op{verb: strings.TrimPrefix(words[0], "/do/")}, words[2:]
+	switch {
+	case o.verb == "rollback":
+		hash, err := parseHash(rest[0])
+		if err != nil {
+			return o, err
+		}
+		o.hash, rest = hash, rest[1:]
+
+	// A number first is meant as a duration, even if it is none: a typing error must not freeze for ever.
+	case len(rest) > 0 && strings.IndexAny(strings.TrimLeft(rest[0], "+-."), "0123456789") == 0:
+		d, ok := parseDuration(rest[0])
+		if !ok {
+			return o, sshError("Bad Request", "duration %q: want one word of numbers and s, m, h, d or w, "+
+				"such as 90m, 1h30m or 2d, up to ten years; a reason begins with a letter", rest[0])
+		}
+		o.until, rest = now.Add(d), rest[1:]
+	}
+
+	o.reason = strings.Join(rest, " ")
+	if len(o.reason) > maxReason {
+		return o, sshError("Bad Request", "a reason has at most %d bytes", maxReason)
+	}
+	first, _, _ := strings.Cut(strings.ToLower(o.reason), " ")
+	if o.verb == "freeze" && (first == "until" || first == "for") {
+		return o, sshError("Bad Request", "a reason that begins with %q reads like an end: say an end as a "+
+			"duration in one word, such as 90m, 1h30m, 2d or 1w, right after the service, and begin the "+
+			"reason otherwise", first)
+	}
+	return o, nil
+}
+
+func parseHash(word string) (string, error) {
+	hash := strings.ToLower(word)
+	if len(hash) < 4 || len(hash) > 64 || strings.Trim(hash, "0123456789abcdef") != "" {
+		return "", sshError("Bad Request", "hash %q: want 4 to 64 hex digits", word)
+	}
+	return hash, nil
+}
+
+var durationPart = regexp.MustCompile(`(\d{1,9})([smhdw])`)
+
+// parseDuration reads 90m, 1h30m or 2d: time.ParseDuration knows no days, and more than we offer.
+func parseDuration(word string) (d time.Duration, ok bool) {
+	units := map[string]int64{"s": 1, "m": 60, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
+	seconds := int64(0)
+	for _, part := range durationPart.FindAllStringSubmatch(word, -1) {
+		n, _ := strconv.ParseInt(part[1], 10, 64)
+		seconds += n * units[part[2]]
+	}
+	isWhole := durationPart.ReplaceAllString(word, "") == ""
+	inRange := 0 < seconds && seconds <= int64(maxFreeze/time.Second)
+	return time.Duration(seconds) * time.Second, isWhole && inRange
+}
