@@ -138,8 +138,11 @@ func (s *Service) tally(ctx context.Context) {
 		now.Pending, now.commits = old.Pending, old.commits
 	default:
 		s.within(localLimit)
-		now.commits, now.Pending, _ = s.up.between(ctx, runs.Commit, tip.Commit, s.dirs)
+		now.commits, now.Pending, err = s.up.between(ctx, runs.Commit, tip.Commit, s.dirs)
 		now.Pending = max(1, now.Pending) // also where upstream went back, or git fails
+		if err != nil {
+			now.tip = version{} // git is asked again
+		}
 	}
 	if ctx.Err() == nil {
 		s.facts.waiting = now

@@ -209,6 +209,27 @@ func TestPendingRefused(t *testing.T) {
 	}
 }
 
+// TestPendingUncounted: where git fails something waits all the same, and is counted when git is well again.
+func TestPendingUncounted(t *testing.T) {
+	w := okWorld(t)
+	if err := w.op("freeze", ""); err != nil {
+		t.Fatal(err)
+	}
+	w.say("two", "etc/app.conf", "two\n")
+	w.say("three", "etc/app.conf", "three\n")
+	_ = w.up.lookNow(t.Context(), false)
+	objects := w.up.objectsDir()
+	w.run("mv", objects, objects+".away")
+	w.s.pass(t.Context())
+	if log := w.log(false); w.s.Status().Pending != 1 || log.More != 1 || len(log.Pending) != 0 {
+		t.Errorf("%d, %+v", w.s.Status().Pending, log)
+	}
+	w.run("mv", objects+".away", objects)
+	w.s.pass(t.Context())
+	w.wantPending("three", "two")
+	w.wantRuns(0, func() { w.s.pass(t.Context()) })
+}
+
 // TestPendingMany: thousands are counted, and some told.
 func TestPendingMany(t *testing.T) {
 	w := okWorld(t)
