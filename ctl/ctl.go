@@ -9,7 +9,6 @@ import (
 	"context"
 	_ "embed"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"math"
@@ -38,20 +37,20 @@ type command struct {
 	args       string // what the words are, for the usage
 	min, max   int    // how many words there may be
 	limit      time.Duration
-	answer     view
+	heads      []string // of the table that the answer is; none: it is text
 }
 
 var commands = []command{
-	{"list ls l", "machines machine m", "/list/machine", "@HOST...", 0, 0, listLimit, machineView},
-	{"list ls l", "service services s", "/list/service", "@HOST... [SERVICE]", 0, 1, listLimit, serviceView},
-	{"list ls l", "log", "/list/log", "@HOST... SERVICE", 1, 1, listLimit, logView},
-	{"list ls l", "diff", "/list/diff", "@HOST... SERVICE [HASH]", 1, 2, listLimit, textView},
+	{"list ls l", "machines machine m", "/list/machine", "@HOST...", 0, 0, listLimit, machineHeads},
+	{"list ls l", "service services s", "/list/service", "@HOST... [SERVICE]", 0, 1, listLimit, serviceHeads},
+	{"list ls l", "log", "/list/log", "@HOST... SERVICE", 1, 1, listLimit, logHeads},
+	{"list ls l", "diff", "/list/diff", "@HOST... SERVICE [HASH]", 1, 2, listLimit, nil},
 	{"do d", "freeze f", "/do/freeze", "@HOST... SERVICE|-a [DURATION] [REASON...]", 1, anyNumber, doLimit,
-		serviceView},
-	{"do d", "unfreeze u", "/do/unfreeze", "@HOST... SERVICE|-a", 1, 1, doLimit, serviceView},
+		serviceHeads},
+	{"do d", "unfreeze u", "/do/unfreeze", "@HOST... SERVICE|-a", 1, 1, doLimit, serviceHeads},
 	{"do d", "rollback r", "/do/rollback", "@HOST... SERVICE HASH [REASON...]", 2, anyNumber, doLimit,
-		serviceView},
-	{"do d", "pull p", "/do/pull", "@HOST... SERVICE|-a", 1, 1, doLimit, serviceView},
+		serviceHeads},
+	{"do d", "pull p", "/do/pull", "@HOST... SERVICE|-a", 1, 1, doLimit, serviceHeads},
 }
 
 const hdrUsage = "usage: gitopper ctl hdr [-p PREFIX] [-l en|nl] FILE\n"
@@ -92,93 +91,82 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return 1
 }
 
-// options are the command line, without the command: what was given, and the words left over.
+// takesValue has the options, and whether a value follows.
+var takesValue = map[string]bool{"i": true, "p": true, "k": true, "J": true, "l": true, "m": false,
+	"h": false, "help": false, "completion": false, "version": false}
+
+// options are the command line, taken apart.
 type options struct {
-	identities       []string
-	port, knownHosts string // port is the comment prefix for hdr
-	bastion          string
-	language         string
-	json             bool
-	text             string          // to print, and nothing else
-	given            map[string]bool // by name
-	hosts, words     []string        // in front of "--"; a word may be -a
-	literal          []string        // behind it
+	values  map[string][]string // of each option that was given
+	hosts   []string
+	words   []string // a word may be -a
+	literal []string // the words behind "--"
+	wrong   string   // what can't be understood
 }
 
-func (o *options) flags() *flag.FlagSet {
-	fs := flag.NewFlagSet("ctl", flag.ContinueOnError)
-	fs.SetOutput(io.Discard)
-	fs.Func("i", "", func(s string) error { o.identities = append(o.identities, s); return nil })
-	fs.StringVar(&o.port, "p", "", "")
-	fs.StringVar(&o.knownHosts, "k", "", "")
-	fs.StringVar(&o.bastion, "J", "", "")
-	fs.StringVar(&o.language, "l", "en", "")
-	fs.BoolVar(&o.json, "m", false, "")
+func (o options) has(name string) bool { return o.values[name] != nil }
 
+// value returns an option's last value, or nothing.
+func (o options) value(name string) string {
+	values := append([]string{""}, o.values[name]...)
+	return values[len(values)-1]
+}
+
+// parse takes options from wherever they stand.
+func parse(args []string) options {
+	o := options{values: map[string][]string{}}
+	for len(args) > 0 {
+		arg := args[0]
+		args = args[1:]
+		name, value, hasValue := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		needsValue, isKnown := takesValue[name]
+		switch {
+		case arg == "--":
+			o.literal, args = args, nil
+		case strings.HasPrefix(arg, "@"):
+			o.hosts = append(o.hosts, arg)
+		case arg == everyService, arg == "-", !strings.HasPrefix(arg, "-"):
+			o.words = append(o.words, arg)
+		case !isKnown, hasValue && !needsValue:
+			o.wrong = "no such option (a reason with - in front goes behind --): " + arg
+		case needsValue && !hasValue && len(args) == 0:
+			o.wrong = "option needs a value: " + arg
+		case needsValue && !hasValue:
+			value, args = args[0], args[1:]
+			fallthrough
+		default:
+			o.values[name] = append(o.values[name], value)
+		}
+	}
+	return o
+}
+
+func run(ctx context.Context, args []string, stdout io.Writer, stderr *lines) error {
+	o := parse(args)
 	version, goVersion := Version()
 	texts := map[string]string{"h": help, "help": help, "completion": completion,
 		"version": "gitopper " + version + " " + goVersion + "\n"}
 	for name, text := range texts {
-		fs.BoolFunc(name, "", func(string) error { o.text = text; return nil })
-	}
-	return fs
-}
-
-// parse takes options from wherever they stand. It hands them to flag one by one, because flag itself stops
-// at the first word, and then can't tell a "--" that ends the options from one that is a value (hdr -p --).
-func parse(args []string) (options, error) {
-	o := options{given: map[string]bool{}}
-	fs := o.flags()
-	for len(args) > 0 {
-		n := 1
-		switch name := strings.TrimLeft(args[0], "-"); {
-		case args[0] == "--":
-			o.literal = args[1:]
-			n = len(args)
-		case strings.HasPrefix(name, "@"):
-			o.hosts = append(o.hosts, args[0])
-		case args[0] == name, args[0] == "-", args[0] == everyService:
-			o.words = append(o.words, args[0])
-		default:
-			if len(name) == 1 && strings.Contains("ipkJl", name) {
-				n = min(2, len(args))
-			}
-			if err := fs.Parse(args[:n]); err != nil {
-				return o, err
-			}
+		if o.has(name) {
+			_, err := io.WriteString(stdout, text)
+			return err
 		}
-		args = args[n:]
 	}
-
-	fs.Visit(func(f *flag.Flag) { o.given[f.Name] = true })
-	return o, nil
-}
-
-func run(ctx context.Context, args []string, stdout io.Writer, stderr *lines) error {
-	o, err := parse(args)
-	if o.text != "" {
-		_, err = io.WriteString(stdout, o.text)
-		return err
-	}
-	if err != nil {
-		return wrongOption(args, err)
-	}
-	if len(o.words) > 0 && o.words[0] == "hdr" {
+	if slices.Contains(o.words[:min(1, len(o.words))], "hdr") {
 		return hdr(ctx, o, stdout)
 	}
 
-	hosts, err := parseHosts(o.hosts, o.port)
-	if err != nil {
-		return err
-	}
-	cmd, words, err := find(o.words, o.literal)
+	cmd, words, err := find(o)
 	if err != nil {
 		return err
 	}
 	if wrong := cmd.check(o, words); wrong != "" {
 		return &usageError{wrong, cmd.usage()}
 	}
-
+	hosts, err := parseHosts(o.hosts, o.value("p"))
+	if err != nil {
+		return err
+	}
 	c, err := newClient(ctx, o, stderr)
 	if err != nil {
 		return err
@@ -200,7 +188,7 @@ func (c *client) carryOut(ctx context.Context, o options, cmd command, hosts []h
 
 	c.several = len(questions) > 1
 	isOfOne := len(words) > 0 && !isForAll(words)
-	r := &report{view: cmd.answer, several: len(hosts) > 1, json: o.json, cut: isTerminal(stdout)}
+	r := &report{heads: cmd.heads, several: len(hosts) > 1, json: o.has("m"), cut: isTerminal(stdout)}
 	if isOfOne && cmd.path != "/list/log" {
 		r.cut = false // all is shown
 	}
@@ -220,7 +208,7 @@ func (c *client) aboutEach(ctx context.Context, all []question) (each []question
 	}
 	rest := all[0].words[1:]
 	err = c.each(ctx, lists, listLimit, func(list question, answer []byte) error {
-		rows, err := serviceRows(answer)
+		rows, err := parseAnswer(answer)
 		for _, row := range rows {
 			service := row[0]
 			each = append(each, question{list.host, list.label + ": " + service, all[0].path,
@@ -231,29 +219,15 @@ func (c *client) aboutEach(ctx context.Context, all []question) (each []question
 	return each, err
 }
 
-// wrongOption is the error about an option that flag does not like, with the usage of its command.
-func wrongOption(args []string, err error) error {
-	text := strings.Replace(err.Error(), "flag provided but not defined: ",
-		"no such option (a reason with - in front goes behind --): ", 1)
-	notWord := func(arg string) bool { return strings.IndexAny(arg, "-@") == 0 }
-	words := slices.DeleteFunc(slices.Clone(args), notWord)
-	if slices.Contains(words[:min(1, len(words))], "hdr") {
-		return &usageError{text, hdrUsage}
-	}
-	cmd, _, err := find(words, nil)
-	if wrong, ok := errors.AsType[*usageError](err); ok {
-		return &usageError{text, wrong.usage}
-	}
-	return &usageError{text, cmd.usage()}
-}
-
 // check says what is wrong with a command's options and words, if something is.
 func (c command) check(o options, words []string) string {
-	isText := c.answer.rows == nil
+	isText := c.heads == nil
 	switch {
-	case o.given["l"]:
+	case o.wrong != "":
+		return o.wrong
+	case o.has("l"):
 		return "option -l is for hdr"
-	case o.json && isText:
+	case o.has("m") && isText:
 		return "the answer is no JSON: leave -m out"
 	case isForAll(words) && !strings.Contains(c.args, everyService):
 		return "option -a is for freeze, unfreeze and pull"
@@ -261,20 +235,23 @@ func (c command) check(o options, words []string) string {
 		return "option -a stands in place of SERVICE"
 	case len(o.hosts) == 0:
 		return "no host: name one as @HOST"
-	case len(words) < c.min && len(words) == 0:
-		return "no SERVICE"
-	case len(words) < c.min:
-		return "no HASH"
-	case len(words) > c.max:
+	}
+	return c.checkWords(words)
+}
+
+func (c command) checkWords(words []string) string {
+	switch n := len(words); {
+	case n < c.min:
+		return "no " + []string{"SERVICE", "HASH"}[n]
+	case n > c.max:
 		return fmt.Sprintf("%q is one word too many", words[c.max])
 	}
-
 	for i, w := range words {
-		bad := w == "" || strings.ContainsFunc(w, unicode.IsControl)
-		if i < c.min && strings.Contains(w, " ") { // only a reason may have some
-			bad = true
+		isBad := func(r rune) bool { return unicode.IsControl(r) || r == ' ' }
+		if i >= c.min { // it may be a reason
+			isBad = unicode.IsControl
 		}
-		if bad {
+		if w == "" || strings.ContainsFunc(w, isBad) {
 			return fmt.Sprintf("%q is no word: it is empty, or has blanks or control characters", w)
 		}
 	}
@@ -282,28 +259,27 @@ func (c command) check(o options, words []string) string {
 }
 
 // find returns the command that the first two words name, and the words that are its arguments.
-func find(words, literal []string) (command, []string, error) {
-	var all, ofVerb strings.Builder
+func find(o options) (command, []string, error) {
+	names := slices.Concat(o.words, []string{"", ""})[:2]
+	all, ofVerb := "", ""
 	for _, c := range commands {
-		all.WriteString(c.usage())
-		if len(words) == 0 || !slices.Contains(strings.Fields(c.verb), words[0]) {
-			continue
+		isVerb := slices.Contains(strings.Fields(c.verb), names[0])
+		isNoun := slices.Contains(strings.Fields(c.noun), names[1])
+		if isVerb && isNoun {
+			return c, slices.Concat(o.words[2:], o.literal), nil
 		}
-		if len(words) > 1 && slices.Contains(strings.Fields(c.noun), words[1]) {
-			return c, slices.Concat(words[2:], literal), nil
+		all += c.usage()
+		if isVerb {
+			ofVerb += c.usage()
 		}
-		ofVerb.WriteString(c.usage())
 	}
-
-	usage, text := cmp.Or(ofVerb.String(), all.String()+hdrUsage), "no command"
-	if len(words) > 0 {
-		text = fmt.Sprintf("no such command: %q", strings.Join(words[:min(2, len(words))], " "))
-	}
-	return command{}, nil, &usageError{text + ": see gitopper ctl --help", usage}
+	asked := strings.TrimSpace(strings.Join(names, " "))
+	wrong := cmp.Or(o.wrong, fmt.Sprintf("no such command: %q: see gitopper ctl --help", asked))
+	return command{}, nil, &usageError{wrong, cmp.Or(ofVerb, all+hdrUsage)}
 }
 
 func newClient(ctx context.Context, o options, stderr *lines) (*client, error) {
-	file := o.knownHosts
+	file := o.value("k")
 	var system []string
 	if file == "" {
 		home, err := os.UserHomeDir()
@@ -317,14 +293,14 @@ func newClient(ctx context.Context, o options, stderr *lines) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	ids, err := findKeys(ctx, o.identities)
+	ids, err := findKeys(ctx, o.values["i"])
 	if err != nil {
 		return nil, err
 	}
 
 	c := &client{way: direct((&net.Dialer{}).DialContext), known: known, keys: ids, stderr: stderr}
-	if o.given["J"] {
-		c.way = through(ctx, o.bastion)
+	if o.has("J") {
+		c.way = through(ctx, o.value("J"))
 	}
 	c.user = os.Getenv("USER")
 	if u, err := user.Current(); err == nil {

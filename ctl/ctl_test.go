@@ -329,14 +329,14 @@ func TestTables(t *testing.T) {
 		{"hostile", "list service", []string{hostile}},
 	} {
 		var hosts []host
-		cmd, _, err := find(strings.Fields(tt.args), nil)
+		cmd, _, err := find(options{words: strings.Fields(tt.args)})
 		if err != nil {
 			t.Fatal(err)
 		}
 		// print shows the answers, as if web1, web2 and so on had given them.
 		print := func(asJSON bool) string {
 			hosts = nil
-			r := &report{view: cmd.answer, several: len(tt.answers) > 1, json: asJSON}
+			r := &report{heads: cmd.heads, several: len(tt.answers) > 1, json: asJSON}
 			for i, a := range tt.answers {
 				hosts = append(hosts, host{name: fmt.Sprintf("web%d", i+1)})
 				if err := r.add(question{host: hosts[i]}, []byte(a)); err != nil {

@@ -120,8 +120,10 @@ func (c *client) each(ctx context.Context, questions []question, limit time.Dura
 	unanswered := 0
 	for i, q := range questions {
 		o := <-outcomes[i]
-		useErr := use(q, o.answer)
-		err := cmp.Or(o.err, useErr)
+		err := o.err
+		if err == nil || len(o.answer) > 0 {
+			err = cmp.Or(err, use(q, o.answer))
+		}
 		switch {
 		case err == nil:
 		case ctx.Err() != nil:

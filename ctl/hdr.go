@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -22,19 +23,22 @@ func hdr(ctx context.Context, o options, stdout io.Writer) error {
 		"nl": "Wijzig dit bestand niet hier: gitopper overschrijft het. Wijzig het bij de bron:",
 	}
 
-	files := append(o.words[1:], o.literal...)
-	hasPrefix := o.given["p"]
-	delete(o.given, "p")
-	delete(o.given, "l")
+	files := slices.Concat(o.words[1:], o.literal)
+	language := cmp.Or(o.value("l"), "en")
+	wrong := o.wrong
 	switch {
+	case wrong != "":
 	case len(files) == 0:
-		return &usageError{"no FILE", hdrUsage}
+		wrong = "no FILE"
 	case len(files) > 1:
-		return &usageError{fmt.Sprintf("%q is one word too many", files[1]), hdrUsage}
-	case texts[o.language] == "":
-		return &usageError{fmt.Sprintf("no such language: %q", o.language), hdrUsage}
-	case len(o.given) > 0:
-		return &usageError{"options of hdr are -p and -l", hdrUsage}
+		wrong = fmt.Sprintf("%q is one word too many", files[1])
+	case texts[language] == "":
+		wrong = fmt.Sprintf("no such language: %q", language)
+	case o.has("i"), o.has("k"), o.has("J"), o.has("m"):
+		wrong = "options of hdr are -p and -l"
+	}
+	if wrong != "" {
+		return &usageError{wrong, hdrUsage}
 	}
 
 	address, err := webAddress(ctx, files[0])
@@ -42,10 +46,10 @@ func hdr(ctx context.Context, o options, stdout io.Writer) error {
 		return fmt.Errorf("%s: %w", files[0], err)
 	}
 	prefix := "# "
-	if hasPrefix {
-		prefix = strings.TrimLeft(o.port+" ", " ")
+	if o.has("p") {
+		prefix = strings.TrimLeft(o.value("p")+" ", " ")
 	}
-	_, err = fmt.Fprintf(stdout, "%s%s\n%s%s\n", prefix, texts[o.language], prefix, address)
+	_, err = fmt.Fprintf(stdout, "%s%s\n%s%s\n", prefix, texts[language], prefix, address)
 	return err
 }
 

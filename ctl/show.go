@@ -15,44 +15,37 @@ import (
 	"unicode"
 )
 
-// view is what an answer looks like: the heads of its table, and the cells below them. Without rows it is
-// text.
-type view struct {
-	heads []string
-	rows  func(answer []byte) ([][]string, error)
-}
-
 var (
-	machineView = view{[]string{"MACHINE", "ACTUAL"}, machineRows}
-	serviceView = view{[]string{"SERVICE", "HASH", "STATE", "INFO", "SINCE", "COMMITTED"}, serviceRows}
-	logView     = view{[]string{"HASH", "WHEN", "BY", "OUTCOME"}, logRows}
-	textView    = view{}
+	machineHeads = []string{"#", "HOST", "MACHINE", "ACTUAL"}
+	serviceHeads = []string{"#", "MACHINE", "SERVICE", "HASH", "STATE", "INFO", "SINCE", "COMMITTED"}
+	logHeads     = []string{"#", "MACHINE", "HASH", "WHEN", "BY", "OUTCOME"}
 )
 
-func machineRows(answer []byte) (rows [][]string, err error) {
-	var a Machines
-	err = parseAnswer(answer, &a)
-	for _, m := range a.Machines {
+// parseAnswer returns the cells below the heads, but for a row's number and who answers.
+func parseAnswer(answer []byte) (rows [][]string, err error) {
+	var a struct {
+		Machines
+		Services
+		Log
+	}
+	err = json.Unmarshal(answer, &a)
+	isObject := bytes.HasPrefix(bytes.TrimSpace(answer), []byte("{"))
+	if err == nil && !isObject {
+		err = errors.New("no object")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the answer makes no sense (%w): is that gitopper?", err)
+	}
+
+	for _, m := range a.Machines.Machines {
 		rows = append(rows, []string{m.Machine, m.Actual})
 	}
-	return rows, err
-}
-
-func serviceRows(answer []byte) (rows [][]string, err error) {
-	var a Services
-	err = parseAnswer(answer, &a)
-	for _, s := range a.Services {
+	for _, s := range a.Services.Services {
 		if s.Pending > 0 {
 			s.Hash += fmt.Sprintf(" +%d", s.Pending)
 		}
 		rows = append(rows, []string{s.Service, s.Hash, s.State, s.StateInfo, s.Change, s.Committed})
 	}
-	return rows, err
-}
-
-func logRows(answer []byte) (rows [][]string, err error) {
-	var a Log
-	err = parseAnswer(answer, &a)
 	if a.More > 0 {
 		rows = append(rows, []string{"", "", "", fmt.Sprintf("pending: %d more", a.More)})
 	}
@@ -62,24 +55,12 @@ func logRows(answer []byte) (rows [][]string, err error) {
 	for _, r := range a.Ran {
 		rows = append(rows, []string{fmt.Sprintf("%.8s", r.Hash), r.When, r.By, r.Outcome})
 	}
-	return rows, err
-}
-
-func parseAnswer(answer []byte, into any) error {
-	err := json.Unmarshal(answer, into)
-	isObject := bytes.HasPrefix(bytes.TrimSpace(answer), []byte("{"))
-	if err == nil && !isObject {
-		err = errors.New("no object")
-	}
-	if err != nil {
-		return fmt.Errorf("the answer makes no sense (%w): is that gitopper?", err)
-	}
-	return nil
+	return rows, nil
 }
 
 // report is what stdout gets in the end: a table, or else the answers one after another.
 type report struct {
-	view
+	heads   []string
 	several bool // hosts: each is named
 	json    bool
 	cut     bool // to what a terminal shows
@@ -89,7 +70,7 @@ type report struct {
 
 // add takes in an answer.
 func (r *report) add(q question, answer []byte) error {
-	if r.rows == nil {
+	if r.heads == nil {
 		if r.several {
 			fmt.Fprintf(&r.text, "==> %s <==\n", q.host.name)
 		}
@@ -97,7 +78,7 @@ func (r *report) add(q question, answer []byte) error {
 		return nil
 	}
 
-	rows, err := r.rows(answer)
+	rows, err := parseAnswer(answer)
 	switch {
 	case err != nil:
 		return err
@@ -105,30 +86,23 @@ func (r *report) add(q question, answer []byte) error {
 		r.text.Write(formatJSON(answer, q.host.name, r.several))
 		return nil
 	case r.table == nil:
-		r.table = [][]string{r.row(r.heads, "#", "MACHINE")}
-		if r.heads[0] == "MACHINE" {
-			r.table[0] = r.row(r.heads, "#", "HOST")
-		}
+		r.table = [][]string{slices.Clone(r.heads)}
 	}
 	for _, cells := range rows {
-		r.table = append(r.table, r.row(cells, fmt.Sprint(len(r.table)-1), q.host.name))
+		number := fmt.Sprint(len(r.table) - 1)
+		r.table = append(r.table, append([]string{number, q.host.name}, cells...))
 	}
 	return nil
 }
 
-// row is a row of the table: its number, the host where there are several, and the cells.
-func (r *report) row(cells []string, number, host string) []string {
-	if r.several {
-		return slices.Concat([]string{number, host}, cells)
-	}
-	return slices.Concat([]string{number}, cells)
-}
-
 // print writes all that was added. On a terminal the table is cut.
 func (r *report) print(out io.Writer) error {
-	for _, row := range r.table {
+	for n, row := range r.table {
 		for i := range row {
 			row[i] = clean(row[i])
+		}
+		if !r.several {
+			r.table[n] = slices.Delete(row, 1, 2)
 		}
 	}
 	width := anyNumber
@@ -169,15 +143,16 @@ func cutTable(table [][]string) {
 	}
 
 	info, room := slices.Index(table[0], "INFO"), columns
+	if info < 0 {
+		return
+	}
 	for i, width := range widths {
 		if i != info {
 			room -= width + 2
 		}
 	}
 	for _, row := range table {
-		if info >= 0 {
-			row[info] = cut(row[info], max(room, len("INFO")))
-		}
+		row[info] = cut(row[info], max(room, len("INFO")))
 	}
 }
 
@@ -189,31 +164,24 @@ func cut(s string, most int) string {
 }
 
 func isTerminal(w io.Writer) bool {
-	f, isFile := w.(*os.File)
-	if !isFile {
-		return false
-	}
-	info, err := f.Stat()
+	file, _ := w.(*os.File)
+	info, err := file.Stat() // an error where it is no file
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
 // formatJSON returns the answer for -m: unchanged, or for one of several hosts on one line and with the
 // host's name.
 func formatJSON(answer []byte, host string, several bool) []byte {
-	var b bytes.Buffer
 	if several {
-		json.Compact(&b, answer) // can't fail, the answer has been parsed
-		name, _ := json.Marshal(host)
-		rest := b.Bytes()[1:]
-		if rest[0] != '}' {
-			name = append(name, ',')
-		}
-		answer = slices.Concat([]byte(`{"host":`), name, rest)
-		b.Reset()
+		fields := map[string]json.RawMessage{}
+		json.Unmarshal(answer, &fields) // can't fail, the answer has been parsed
+		fields["host"], _ = json.Marshal(host)
+		answer, _ = json.Marshal(fields)
 	}
 
 	// JSON may hold DEL and the C1 controls as they are, which would drive a terminal. The escaped form means
 	// the same.
+	var b bytes.Buffer
 	for _, r := range string(bytes.TrimRight(answer, "\n")) {
 		if r >= 0x7f && r <= 0xffff && !unicode.IsPrint(r) {
 			fmt.Fprintf(&b, `\u%04x`, r)
