@@ -184,6 +184,24 @@ dirs = [ { local = "/srv/app", link = "app" } ]
 			t.Errorf("%s: %v\n%s\nwant %s", tc.command, err, out, tc.want)
 		}
 	}
+
+	// What waits is seen before it is let in, and what ran afterwards.
+	says := func(command, want string) {
+		t.Helper()
+		eventually(t, command+" says "+want, func() bool {
+			out, err := client(command)
+			return err == nil && strings.Contains(out, want)
+		})
+	}
+	says("/do/freeze app look at it first", `"state":"FREEZE"`)
+	second := u.commit(map[string]string{"app/conf": "2\n"})
+	says("/list/service app", `"pending":1`)
+	says("/list/log app", `"pending":[{"hash":"`+second)
+	says("/list/diff app", "diff --git a/app/conf b/app/conf\nindex d00491f..0cfbf08 100644\n"+
+		"--- a/app/conf\n+++ b/app/conf\n@@ -1 +1 @@\n-1\n+2\n")
+	says("/do/unfreeze app", `"state":"OK","stateinfo":"",`)
+	says("/list/log app", `"by":"commit","outcome":"OK"},{"hash":"`+hash)
+	l.waitFile("/srv/app/conf", "2\n")
 	for _, command := range []string{"id", "/do/nothing app", "/list/servic", "/bin/sh"} {
 		if out, err := client(command); err == nil || strings.Contains(out, "uid=") {
 			t.Errorf("%s: %s", command, out)
