@@ -56,12 +56,12 @@ func (c *counters) addFloat(name, labels string, v float64) {
 	c.sums[name][labels] += v
 }
 
-// note remembers an event for the page.
+// note remembers an event for the page, without its private words.
 func (c *counters) note(service, text string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 
-	c.events = append(c.events, event{pageTime(time.Now()), service, strings.TrimSpace(text)})
+	c.events = append(c.events, event{pageTime(time.Now()), service, strings.TrimSpace(redact(public(text)))})
 	c.events = slices.Clone(c.events[max(0, len(c.events)-maxEvents):])
 }
 

@@ -124,6 +124,9 @@ func TestPageEvents(t *testing.T) {
 	w.reconcile()
 	w.write("local/etc/app.conf", "edited\n")
 	w.reconcile()
+	if err := w.s.operate(t.Context(), op{verb: "freeze", who: "ann", reason: "a look"}); err != nil {
+		t.Fatal(err)
+	}
 
 	page := testPage(t)
 	_, events, _ := strings.Cut(page, "Last events")
@@ -135,7 +138,7 @@ func TestPageEvents(t *testing.T) {
 	for _, m := range cell.FindAllStringSubmatch(events, -1) {
 		got = append(got, m[1])
 	}
-	want := []string{"local edits undone", w.head()[:8] + " is live"}
+	want := []string{"OK -&gt; FREEZE ann: a look", "freeze by ann", "local edits undone", w.head()[:8] + " is live"}
 	for i := range maxEvents - len(want) {
 		want = append(want, redact(fmt.Sprintf("event %d https://ann:secret@example.org", maxEvents-1-i)))
 	}

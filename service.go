@@ -262,6 +262,7 @@ func (s *Service) operate(ctx context.Context, o op) error {
 		s.rec, s.last = before, last
 		return &opError{status: "Internal Server Error", err: err}
 	}
+	count.note(s.service, o.verb+" by "+o.who)
 	s.publishStatus()
 
 	ended := s.conclude(ctx, s.reconcile(ctx))

@@ -436,7 +436,7 @@ func (s *Service) publishStatus() {
 // event logs a change of the service, and remembers it for the page without its private words.
 func (s *Service) event(level slog.Level, text string, more ...any) {
 	slog.Log(context.Background(), level, s.service+": "+text, more...)
-	count.note(s.service, redact(public(text)))
+	count.note(s.service, text)
 }
 
 // levelOf is the level at which a new state is logged.
