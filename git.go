@@ -491,6 +491,8 @@ var hints = []struct {
 	{regexp.MustCompile(`dubious ownership`), "give the repository to the user that git runs as"},
 	{regexp.MustCompile(`certificate verification failed|SSL certificate problem`),
 		"name the CA's file in GIT_SSL_CAINFO in our environment, if it is one of your own"},
+	{regexp.MustCompile(`signal 25|File too large`),
+		"that would take more than half of what is free on the disk of the clones: make room there"},
 	{regexp.MustCompile(`Problem with the SSL CA cert|error (setting|reading|adding) .*(cert|trust)`),
 		"GIT_SSL_CAINFO must name a file that the user that git runs as can read"},
 }

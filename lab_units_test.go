@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"strings"
@@ -269,4 +270,159 @@ func (l *labHost) guarded(looks int) error {
 		return fmt.Errorf("%d looks", n)
 	}
 	return nil
+}
+
+// What is wrong with a unit, or with the disk, is said as what it is; what heals, heals.
+func TestLabTroubleHasItsName(t *testing.T) {
+	l, u := newBareLab(t), newLabUpstream(t)
+	killed := func(signal string) string { return "sh -c 'kill -" + signal + " $$$$'\n" }
+	const sleeps = "ExecStart=sleep infinity\n"
+	l.unit("crash.service", "[Service]\nExecStart="+killed("SEGV"))
+	l.unit("before.service", "[Service]\n"+sleeps+"ExecStartPre="+killed("ABRT"))
+	l.unit("reload.service", "[Service]\n"+sleeps+"ExecReload=test -e /run/well\nExecReload="+killed("BUS"))
+	l.unit("program.service", "[Service]\nExecStart=/nonesuch\n")
+	l.unit("full.service", "[Service]\n"+sleeps+"ExecReload=true\n")
+	l.run("mkdir", "-p", "/srv/small", "/var/lib/gitopper")
+	l.run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/srv/small")
+	l.run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", "/var/lib/gitopper")
+	// Nothing that git could make smaller.
+	chance := rand.New(rand.NewPCG(1, 2))
+	blob := func(size int) string {
+		b := make([]byte, size)
+		for i := range b {
+			b[i] = byte(chance.Uint32())
+		}
+		return string(b)
+	}
+
+	config := "settle = \"100ms\"\nfallback = false\n"
+	for _, s := range []string{"crash", "before", "reload", "program", "full"} {
+		config += fmt.Sprintf("[[services]]\nmachine = \"lab\"\nservice = %q\naction = \"reload\"\n", s)
+		if s == "full" {
+			config += "mount = \"/srv/small\"\n"
+		}
+		config += fmt.Sprintf("dirs = [ { local = \"/srv/%s\", link = %[1]q } ]\n", s)
+	}
+	first := u.commit(map[string]string{"crash/conf": "1\n", "before/conf": "1\n", "reload/conf": "1\n",
+		"program/conf": "1\n", "full/conf": "1\n"})
+	l.configure(u, config)
+	l.start()
+	l.waitState("crash", "BROKEN", "main process killed by SIGSEGV")
+	l.waitState("before", "BROKEN", "code=killed, status=6/ABRT")
+	l.waitState("program", "BROKEN", "Failed to locate executable /nonesuch: No such file or directory")
+	l.waitCommit("reload", first)
+	l.waitCommit("full", first)
+	u.commit(map[string]string{"reload/conf": "2\n"})
+	l.waitState("reload", "BROKEN", "status=1/FAILURE")
+	l.run("touch", "/run/well")
+	l.waitState("reload", "BROKEN", "code=killed, status=7/BUS")
+
+	// The file system of the checkouts, then that of the clones.
+	second := u.commit(map[string]string{"full/blob": blob(2 << 20)})
+	l.waitState("full", "DIFF", "no space left on device", "make room there")
+	l.run("mount", "-o", "remount,size=100m", "/srv/small")
+	l.waitCommit("full", second)
+	third := u.commit(map[string]string{"full/blob": blob(20 << 20)})
+	l.waitState("full", "DIFF", "more than half of what is free on the disk of the clones: make room there")
+	l.run("mount", "-o", "remount,size=100m", "/var/lib/gitopper")
+	if _, stderr, err := l.ssh("/do/pull full"); err != nil {
+		t.Error(err, stderr)
+	}
+	l.waitCommit("full", third)
+}
+
+// A unit that systemd has not met yet is looked for, and one whose file is no longer mounted is forgotten.
+func TestLabUnitFilesComeAndGo(t *testing.T) {
+	l, u := newBareLab(t), newLabUpstream(t)
+	const script = `#!/bin/sh
+### BEGIN INIT INFO
+# Provides: oldie
+# Required-Start:
+# Required-Stop:
+# Default-Start: 2 3 4 5
+# Default-Stop: 0 1 6
+### END INIT INFO
+echo $1 >>/run/oldie
+`
+	l.unit("app.service", "[Unit]\nAfter=gitopper.service\n[Service]\nExecStart=sleep infinity\n"+
+		"[Install]\nWantedBy=multi-user.target\n")
+	first := u.commit(map[string]string{"oldie/conf": "1\n", "app/env.conf": "[Service]\nEnvironment=FROM=git\n",
+		"own/own.service": "[Service]\nExecStart=sleep infinity\n"})
+	const rest = `
+settle = "100ms"
+action = "restart"
+[[services]]
+machine = "lab"
+service = "oldie"
+dirs = [ { local = "/etc/oldie", link = "oldie" } ]
+`
+	const app = `[[services]]
+machine = "lab"
+service = "app"
+dirs = [ { local = "/etc/systemd/system/app.service.d", link = "app" } ]
+`
+	const own = `[[services]]
+machine = "lab"
+service = "own"
+dirs = [ { local = "/etc/systemd/system/own.service", link = "own/own.service", file = true } ]
+`
+	l.write("/etc/init.d/oldie", script)
+	l.run("chmod", "755", "/etc/init.d/oldie")
+	l.configure(u, rest+app+own)
+	l.start()
+	for _, s := range []string{"oldie", "app", "own"} {
+		l.waitCommit(s, first)
+	}
+	l.waitFile("/run/oldie", "start\n")
+	if got := l.show("app", "Environment"); got != "FROM=git" {
+		t.Errorf("the drop-in: %q", got)
+	}
+
+	// As a package that is purged, and installed anew, both by somebody else.
+	l.run("systemctl", "stop", "oldie")
+	l.run("mv", "/etc/init.d/oldie", "/root")
+	l.run("systemctl", "daemon-reload")
+	l.waitState("oldie", "BROKEN", "unit oldie.service does not exist")
+	l.run("mv", "/root/oldie", "/etc/init.d")
+	l.waitState("oldie", "BROKEN", "unit oldie.service is inactive")
+	if _, stderr, err := l.ssh("/do/pull oldie"); err != nil {
+		t.Error(err, stderr)
+	}
+	l.waitCommit("oldie", first)
+
+	// After a reboot, too, at which systemd read its files before there was a mount.
+	running := func() error {
+		env := l.read("/proc/" + l.show("app", "MainPID") + "/environ")
+		if !strings.Contains(env, "FROM=git\x00") {
+			return fmt.Errorf("%q", env)
+		}
+		return nil
+	}
+	if err := running(); err != nil {
+		t.Error(err)
+	}
+	l.run("systemctl", "enable", "gitopper", "app")
+	l.reboot()
+	labWait(t, time.Minute, "the unit runs with its drop-in after a reboot", running)
+	l.waitCommit("app", first)
+
+	l.configure(u, rest+strings.Replace(app, "/etc/systemd/system/app.service.d", "", 1)+own)
+	l.run("systemctl", "restart", "gitopper")
+	labWait(t, time.Minute, "systemd forgets a drop-in", func() error {
+		if got := l.show("app", "Environment"); got != "" {
+			return errors.New(got)
+		}
+		return nil
+	})
+	l.configure(u, rest)
+	l.run("systemctl", "restart", "gitopper")
+	labWait(t, time.Minute, "systemd forgets a unit", func() error {
+		if got := l.show("own", "LoadState"); got != "not-found" {
+			return errors.New(got)
+		}
+		return nil
+	})
+	if got := l.show("own", "ActiveState"); got != "active" {
+		t.Errorf("a unit that left the config is %s", got)
+	}
 }

@@ -212,7 +212,7 @@ func (a *agent) work(stdout io.Writer) error {
 	}
 
 	services, upstreams := a.assemble(c, a.stateDir)
-	a.mount(c, services, upstreams)
+	gone := a.mount(c, services, upstreams)
 	for _, w := range c.warnings(a.options) {
 		slog.Warn(w)
 	}
@@ -223,6 +223,11 @@ func (a *agent) work(stdout io.Writer) error {
 	slog.Info(fmt.Sprintf("gitopper %s manages %d services of %s", version, len(services), a.config),
 		"interval", a.interval, "ssh", a.ssh, "metric", a.metric)
 	notify(a.socket, "READY=1\nSTATUS="+a.summary())
+	a.tasks.Go(func() {
+		if err := forgetUnits(a.stop.soft, gone); err != nil {
+			slog.Warn(err.Error())
+		}
+	})
 	if a.mode == onceMode {
 		return a.onePass(services, upstreams, stdout)
 	}
@@ -340,8 +345,8 @@ func (a *agent) assemble(c *config, stateDir string) (services []*Service, upstr
 
 // mount makes every local show what is on disk, and takes away the mounts and clones of services that left
 // the config. A config without an entry for this machine takes nothing away: the machine may have another
-// name today.
-func (a *agent) mount(c *config, services []*Service, upstreams []*upstream) {
+// name today. It returns where mounts went.
+func (a *agent) mount(c *config, services []*Service, upstreams []*upstream) (gone []string) {
 	if privateNamespace() {
 		slog.Warn("we run in a mount namespace of our own: mounts may not reach the host and its units " +
 			"(remove PrivateTmp=, ProtectSystem= and the like from the unit)")
@@ -349,10 +354,10 @@ func (a *agent) mount(c *config, services []*Service, upstreams []*upstream) {
 	if len(c.services) == 0 {
 		restoreMounts(a.stateDir)
 	} else {
-		retireRecords(a.stateDir, services)
+		gone = retireRecords(a.stateDir, services)
 		a.tasks.Go(func() { retireUpstreams(a.stop.soft, a.stateDir, upstreams) })
 	}
-	mountFirst(a.stop.soft, services)
+	return append(gone, mountFirst(a.stop.soft, services)...)
 }
 
 // lookAtAll looks at upstreams side by side, and again where that failed: alone it is no trouble yet.

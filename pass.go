@@ -138,13 +138,10 @@ func (s *Service) sweep(ctx context.Context) error {
 		return s.planUnmounts()
 	}
 	gone, err := s.rec.Mounts.sweep(s.service, s.files.dir, s.dirs, s.save)
+	if err == nil {
+		err = forgetUnits(ctx, gone)
+	}
 	if err != nil {
-		return brokenError{err}
-	}
-	if !slices.ContainsFunc(gone, inUnitDir) {
-		return nil
-	}
-	if err := daemonReload(ctx); err != nil {
 		return brokenError{err}
 	}
 	return nil

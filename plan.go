@@ -340,7 +340,7 @@ func (s *Service) planServe(ctx context.Context, content string) error {
 
 	mayCome := s.hasUnits() || slices.Contains(s.plan.lines, "install "+s.pkg)
 	verb := s.action
-	switch isLoaded := u.LoadState == "loaded"; {
+	switch isLoaded := u.is["LoadState"] == "loaded"; {
 	case u.triggered:
 		return nil // what triggers it brings it up
 	case isLoaded:
@@ -351,7 +351,7 @@ func (s *Service) planServe(ctx context.Context, content string) error {
 	if err != nil {
 		return err
 	}
-	if isDisabled(ctx, s.service) {
+	if isDisabled(s.service, &u) {
 		s.plan.add("enable %s", s.service)
 	}
 	s.plan.add("%s %s", verb, s.service)

@@ -52,7 +52,7 @@ func (s *Service) serve(ctx context.Context, v version) error {
 
 // hasUnits says whether systemd reads unit files of the service's.
 func (s *Service) hasUnits() bool {
-	return slices.ContainsFunc(s.dirs, func(d dir) bool { return inUnitDir(d.local) })
+	return slices.ContainsFunc(s.dirs, func(d dir) bool { return unitDir.MatchString(d.local) })
 }
 
 // isTold says whether the unit has seen content in this boot.
@@ -75,8 +75,10 @@ func (s *Service) toldByBoot(ctx context.Context) (bool, error) {
 		return false, err
 	case s.rec.Told.staysDown(&u, s.action):
 		return false, fmt.Errorf("%s stays down, for an administrator had stopped it before the boot: "+
-			"start it, or do pull", u.ID)
-	case s.facts.mounted == 0, !u.running(), u.since <= s.facts.mounted:
+			"start it, or do pull", u.is["Id"])
+	case s.facts.mounted == 0, !u.running(), u.since() <= s.facts.mounted:
+		return false, nil
+	case s.hasUnits(): // systemd may have read its files before the mounts were made
 		return false, nil
 	}
 	s.rec.Told.Boot = bootID()
@@ -86,7 +88,7 @@ func (s *Service) toldByBoot(ctx context.Context) (bool, error) {
 // watch watches the unit settle on what it was told of.
 func (s *Service) watch(ctx context.Context) error {
 	u, err := settle(ctx, s.service, s.action, s.settle)
-	s.facts.seenAt, s.rec.Told.Left = time.Now(), u.UnitFileState
+	s.facts.seenAt, s.rec.Told.Left = time.Now(), u.is["UnitFileState"]
 	if err != nil || s.action == "restart" {
 		return err
 	}
@@ -105,8 +107,12 @@ func (s *Service) stillUp(ctx context.Context) error {
 	u := s.unit.Load()
 	hadTrouble := s.last == nil || s.last.err != nil
 	wasSeen := u == nil || u.at.Before(s.facts.seenAt) || hadTrouble && u.at.Equal(s.facts.seenAt)
-	if wasSeen {
+	if wasSeen || !u.well(s.action) {
 		now, err := showUnit(ctx, s.service)
+		isUnknown := err == nil && now.is["LoadState"] == "not-found"
+		if isUnknown && s.plan == nil { // it may have been installed anew
+			now, err = loadUnit(ctx, s.service, true)
+		}
 		if err != nil {
 			return err
 		}

@@ -403,18 +403,22 @@ func (s *Service) find(ctx context.Context, hash string, ran []string) (string, 
 }
 
 // mountFirst mounts what is on disk already, without network and without systemd, so that units ordered after
-// us start on their files. What can't be mounted is reported by the first pass.
-func mountFirst(ctx context.Context, services []*Service) {
+// us start on their files. What can't be mounted is reported by the first pass. It returns where mounts of
+// earlier configs went.
+func mountFirst(ctx context.Context, services []*Service) (gone []string) {
 	for _, s := range services { // one may have a local now that was another's
-		if _, err := s.rec.Mounts.sweep(s.service, s.files.dir, s.dirs, s.save); err != nil {
+		points, err := s.rec.Mounts.sweep(s.service, s.files.dir, s.dirs, s.save)
+		if err != nil {
 			slog.Warn(fmt.Sprintf("%s: %v", s.service, err))
 		}
+		gone = append(gone, points...)
 	}
 	for _, s := range services {
 		if err := s.mountWhatIsThere(ctx); err != nil {
 			slog.Warn(fmt.Sprintf("%s: not mounted yet: %s", s.service, oneLine(err.Error())))
 		}
 	}
+	return gone
 }
 
 func (s *Service) mountWhatIsThere(ctx context.Context) error {
@@ -457,17 +461,20 @@ func restoreMounts(stateDir string) {
 }
 
 // retireRecords takes away the mounts of services that have left the config. Checkout and record stay for
-// their return.
-func retireRecords(stateDir string, services []*Service) {
+// their return. It returns where the mounts were.
+func retireRecords(stateDir string, services []*Service) (gone []string) {
 	for _, s := range retired(stateDir, services) {
 		s.untell()
-		if _, err := s.rec.Mounts.sweep(s.service, "", nil, s.save); err != nil {
+		points, err := s.rec.Mounts.sweep(s.service, "", nil, s.save)
+		gone = append(gone, points...)
+		if err != nil {
 			slog.Error(fmt.Sprintf("%s: left the config: %v", s.service, err))
 			continue
 		}
 		slog.Info(s.service + ": left the config: its mounts are gone, its unit is not called, " +
 			"its checkout stays")
 	}
+	return gone
 }
 
 // retired returns the services that have left the config, as far as there are mounts of theirs.

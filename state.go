@@ -72,8 +72,8 @@ func (t *told) note(u *unit, action string) {
 	isDown := t.Left == leftDown || t.Left == leftStopped
 	switch {
 	case u.well(action):
-		if isDown || u.UnitFileState != "" { // which a list of units does not tell
-			t.Left = u.UnitFileState
+		if isDown || u.is["UnitFileState"] != "" { // which a list of units does not tell
+			t.Left = u.is["UnitFileState"]
 		}
 	case !u.stopped(), t.staysDown(u, action):
 	case isDown:
@@ -86,7 +86,7 @@ func (t *told) note(u *unit, action string) {
 // staysDown says whether an administrator wants the unit down, also after the next boot: it was stopped, or
 // it is disabled now that was enabled when it was up.
 func (t *told) staysDown(u *unit, action string) bool {
-	isOff := t.Left == leftStopped || t.Left == "enabled" && u.UnitFileState == "disabled"
+	isOff := t.Left == leftStopped || t.Left == "enabled" && u.is["UnitFileState"] == "disabled"
 	return isOff && u.stopped() && !u.well(action)
 }
 

@@ -24,21 +24,18 @@ import (
 
 const actionLimit = 5 * time.Minute
 
-// unit is what systemd knows of a unit, in the words of systemctl show. One that lookUnits found active has
-// no more than its ID and states.
+// unit is what systemd knows of a unit, in the words of systemctl show: values by their property. One that
+// lookUnits found active has no more than its Id and states.
 type unit struct {
-	ID, LoadState, LoadError, ActiveState, SubState, Result, Type string
-	NeedDaemonReload, CanReload                                   string // yes or no
-	InvocationID, NRestarts, MainPID                              string
-	ExecMainCode, ExecMainStatus                                  string // see waitid(2); status or signal
-	Job                                                           string // number and path; empty: none
-	UnitFileState                                                 string // enabled, disabled, static and so on
-	TriggeredBy                                                   []string
-
-	triggered bool          // one of TriggeredBy is active
-	since     time.Duration // CLOCK_MONOTONIC when it last became active in this boot; 0: it did not
-	at        time.Time     // when systemd was asked
+	is        map[string]string
+	triggered bool      // one of its TriggeredBy is active
+	at        time.Time // when systemd was asked
 }
+
+const shownProperties = "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload,CanReload," +
+	"InvocationID,NRestarts,MainPID,ExecMainCode,ExecMainStatus,Job,TriggeredBy,UnitFileState," + enteredActive
+
+const enteredActive = "ActiveEnterTimestampMonotonic" // in microseconds; 0: not in this boot
 
 // unitNames remembers by which name systemd knows a unit of the config, which may be an alias or lack the
 // suffix: systemctl list-units takes no other. It belongs to the one goroutine that asks for all units.
@@ -53,28 +50,22 @@ func lookUnits(ctx context.Context, ids unitNames, names ...string) ([]unit, err
 	if err != nil {
 		return nil, err
 	}
-
-	units := make([]unit, len(names))
-	var others []string
-	for i, name := range names {
-		units[i] = active[ids[name]]
-		if units[i].ID == "" {
-			others = append(others, name)
-		}
-	}
+	isActive := func(id string) bool { return active[id].is != nil }
+	others := slices.DeleteFunc(slices.Clone(names), func(name string) bool { return isActive(ids[name]) })
 	shown, err := show(ctx, others...)
 	if err != nil {
 		return nil, err
 	}
 
-	isActive := func(name string) bool { return active[name].ID != "" }
-	for i, name := range names {
-		if units[i].ID == "" {
-			u := shown[0]
-			shown = shown[1:]
-			u.triggered = u.down() && slices.ContainsFunc(u.TriggeredBy, isActive)
-			units[i], ids[name] = u, u.ID
+	var units []unit
+	for _, name := range names {
+		u := active[ids[name]]
+		if u.is == nil {
+			u, shown = shown[0], shown[1:]
+			u.triggered = u.down() && slices.ContainsFunc(strings.Fields(u.is["TriggeredBy"]), isActive)
+			ids[name] = u.is["Id"]
 		}
+		units = append(units, u)
 	}
 	return units, nil
 }
@@ -82,7 +73,7 @@ func lookUnits(ctx context.Context, ids unitNames, names ...string) ([]unit, err
 // showUnit asks systemd for all that unit holds of one unit.
 func showUnit(ctx context.Context, name string) (unit, error) {
 	units, err := show(ctx, name)
-	if err == nil && units[0].down() && len(units[0].TriggeredBy) > 0 {
+	if err == nil && units[0].down() && units[0].is["TriggeredBy"] != "" {
 		units, err = lookUnits(ctx, unitNames{}, name)
 	}
 	if err != nil {
@@ -100,19 +91,13 @@ func listActive(ctx context.Context, patterns []string) (map[string]unit, error)
 	args := []string{"list-units", "--full", "--plain", "--no-legend", "--state=active", "--"}
 	out, err := systemctl(ctx, localLimit, append(args, patterns...)...)
 	for line := range strings.Lines(string(out)) {
-		f := strings.Fields(line)
-		if len(f) >= 4 && f[2] == "active" {
-			active[f[0]] = unit{ID: f[0], LoadState: f[1], ActiveState: f[2], SubState: f[3], at: now}
+		if f := strings.Fields(line); len(f) >= 4 {
+			is := map[string]string{"Id": f[0], "LoadState": f[1], "ActiveState": f[2], "SubState": f[3]}
+			active[f[0]] = unit{is: is, at: now}
 		}
 	}
 	return active, err
 }
-
-const shownProperties = "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload," +
-	"CanReload,InvocationID,NRestarts,MainPID,ExecMainCode,ExecMainStatus,Job,TriggeredBy,UnitFileState," +
-	enteredActive
-
-const enteredActive = "ActiveEnterTimestampMonotonic" // in microseconds
 
 // errShutdown is why nothing is asked of a unit, and nothing made of its being down.
 var errShutdown = errors.New("the host is shutting down")
@@ -135,11 +120,11 @@ func show(ctx context.Context, names ...string) ([]unit, error) {
 		u.at = now
 		units = append(units, u)
 	}
-	whole := !slices.ContainsFunc(units, func(u unit) bool { return u.ID == "" })
-	if !whole || len(units) != len(names)+1 {
+	isNone := func(u unit) bool { return u.is["Id"] == "" }
+	if len(units) != len(names)+1 || slices.ContainsFunc(units, isNone) {
 		return nil, fmt.Errorf("systemctl show: asked for %d units, got %q", len(names), out)
 	}
-	if shutdown := units[len(names)]; shutdown.running() || shutdown.Job != "" {
+	if shutdown := units[len(names)]; shutdown.running() || shutdown.is["Job"] != "" {
 		return nil, errShutdown
 	}
 	return units[:len(names)], nil
@@ -150,43 +135,44 @@ func show(ctx context.Context, names ...string) ([]unit, error) {
 //	Id=nginx.service
 //	ActiveState=active
 func parseUnit(block string) unit {
-	p := map[string]string{}
+	is := map[string]string{}
 	for line := range strings.SplitSeq(block, "\n") {
-		key, value, _ := strings.Cut(line, "=")
-		p[key] = value
+		property, value, _ := strings.Cut(line, "=")
+		is[property] = value
 	}
-	microseconds, _ := strconv.ParseInt(p[enteredActive], 10, 64)
-	return unit{
-		ID: p["Id"], LoadState: p["LoadState"], LoadError: p["LoadError"], Type: p["Type"],
-		ActiveState: p["ActiveState"], SubState: p["SubState"], Result: p["Result"],
-		NeedDaemonReload: p["NeedDaemonReload"], CanReload: p["CanReload"], Job: p["Job"],
-		InvocationID: p["InvocationID"], NRestarts: p["NRestarts"], MainPID: p["MainPID"],
-		ExecMainCode: p["ExecMainCode"], ExecMainStatus: p["ExecMainStatus"],
-		TriggeredBy: strings.Fields(p["TriggeredBy"]), UnitFileState: p["UnitFileState"],
-		since: time.Duration(microseconds) * time.Microsecond,
-	}
+	return unit{is: is}
+}
+
+// since is CLOCK_MONOTONIC when the unit last became active in this boot; 0: it did not.
+func (u *unit) since() time.Duration {
+	microseconds, _ := strconv.ParseInt(u.is[enteredActive], 10, 64)
+	return time.Duration(microseconds) * time.Microsecond
 }
 
 // down says whether the unit neither runs nor is on its way to.
-func (u *unit) down() bool { return u.ActiveState == "inactive" || u.ActiveState == "failed" }
+func (u *unit) down() bool {
+	return u.is["ActiveState"] == "inactive" || u.is["ActiveState"] == "failed"
+}
 
 // running says whether the unit is there to be told of changed files.
-func (u *unit) running() bool { return u.ActiveState == "active" || u.ActiveState == "reloading" }
+func (u *unit) running() bool {
+	return u.is["ActiveState"] == "active" || u.is["ActiveState"] == "reloading"
+}
 
 // stopped says whether the unit was stopped, or ended by itself, without a failure and for now.
 func (u *unit) stopped() bool {
-	isWell := u.Result == "success" && u.Job == ""
-	return u.ActiveState == "inactive" && isWell
+	isWell := u.is["Result"] == "success" && u.is["Job"] == ""
+	return u.is["ActiveState"] == "inactive" && isWell
 }
 
 // up says whether a unit runs as it should: active; or a oneshot that ended well; or waiting to be triggered.
 func (u *unit) up() bool {
-	oneshot := u.Type == "oneshot"
-	switch u.ActiveState {
+	oneshot := u.is["Type"] == "oneshot"
+	switch u.is["ActiveState"] {
 	case "inactive":
-		return u.triggered || oneshot && u.Result == "success"
+		return u.triggered || oneshot && u.is["Result"] == "success"
 	case "activating":
-		return oneshot && u.SubState != "auto-restart" // its timer or socket has it at work
+		return oneshot && u.is["SubState"] != "auto-restart" // its timer or socket has it at work
 	}
 	return u.running()
 }
@@ -194,28 +180,28 @@ func (u *unit) up() bool {
 // well is up for a unit that action is done to: one that is to be stopped is well when it is down.
 func (u *unit) well(action string) bool {
 	if action == "stop" {
-		return u.ActiveState == "inactive"
+		return u.is["ActiveState"] == "inactive"
 	}
 	return u.up()
 }
 
 // describe gives systemd's words for a unit that isn't well.
 func (u *unit) describe() string {
-	switch u.LoadState {
+	switch u.is["LoadState"] {
 	case "loaded":
 	case "not-found":
-		return fmt.Sprintf("unit %s does not exist: name the package that brings it, or mend service", u.ID)
+		return fmt.Sprintf("unit %s does not exist: name the package that brings it, or mend service", u.is["Id"])
 	default:
-		_, why, _ := strings.Cut(u.LoadError, " ") // org.freedesktop.systemd1.UnitMasked "Unit x is masked."
-		return fmt.Sprintf("unit %s is %s: %s", u.ID, u.LoadState, why)
+		_, why, _ := strings.Cut(u.is["LoadError"], " ") // org.freedesktop.systemd1.UnitMasked "Unit x is masked."
+		return fmt.Sprintf("unit %s is %s: %s", u.is["Id"], u.is["LoadState"], why)
 	}
 
-	s := fmt.Sprintf("unit %s is %s (%s", u.ID, u.ActiveState, u.SubState)
-	if u.Result != "" && u.Result != "success" {
-		s += ", " + u.Result
+	s := fmt.Sprintf("unit %s is %s (%s", u.is["Id"], u.is["ActiveState"], u.is["SubState"])
+	if u.is["Result"] != "" && u.is["Result"] != "success" {
+		s += ", " + u.is["Result"]
 	}
-	switch status := u.ExecMainStatus; {
-	case u.ExecMainCode == "2", u.ExecMainCode == "3": // CLD_KILLED and CLD_DUMPED of waitid(2)
+	switch status := u.is["ExecMainStatus"]; {
+	case u.is["ExecMainCode"] == "2", u.is["ExecMainCode"] == "3": // CLD_KILLED and CLD_DUMPED of waitid(2)
 		s += ", main process killed by " + signalName(status)
 	case status != "" && status != "0":
 		s += ", main process ended with status " + status
@@ -228,10 +214,9 @@ const signalNames = "0 HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PI
 	"CONT STOP TSTP TTIN TTOU URG XCPU XFSZ VTALRM PROF WINCH IO PWR SYS"
 
 func signalName(number string) string {
-	for n, name := range strings.Fields(signalNames) {
-		if strconv.Itoa(n) == number {
-			return "SIG" + name
-		}
+	n, _ := strconv.Atoi(number)
+	if names := strings.Fields(signalNames); n < len(names) {
+		return "SIG" + names[n]
 	}
 	return "signal " + number
 }
@@ -259,16 +244,18 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 	if err != nil {
 		return "", err
 	}
-	if u.LoadState != "loaded" {
+	if u.is["LoadState"] != "loaded" {
 		return "", errors.New(u.describe())
 	}
-	if err := enable(ctx, name); err != nil {
-		return "", err
+	if isDisabled(name, &u) {
+		if _, err := systemctl(ctx, localLimit, "enable", "--", name); err != nil {
+			return "", err
+		}
 	}
-	if u.ActiveState == "reloading" { // an action of ours was killed, and the next would wait behind it
+	if u.is["ActiveState"] == "reloading" { // an action of ours was killed, and the next would wait behind it
 		_ = cancelJob(ctx, name)
 	}
-	if u.ActiveState == "failed" || u.SubState == "auto-restart" {
+	if u.is["ActiveState"] == "failed" || u.is["SubState"] == "auto-restart" {
 		if _, err := systemctl(ctx, localLimit, "reset-failed", "--", name); err != nil {
 			return "", err
 		}
@@ -282,7 +269,7 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 		return "", err
 	}
 	step(verb)
-	return verb, act(ctx, name, u.ID, verb)
+	return verb, act(ctx, name, u.is["Id"], verb)
 }
 
 // loadUnit asks systemd for a unit, after a daemon-reload where systemd may not know its files of today.
@@ -290,9 +277,9 @@ func loadUnit(ctx context.Context, name string, reload bool) (unit, error) {
 	u, err := showUnit(ctx, name)
 	// NeedDaemonReload alone doesn't tell: it stays no when the file mounted in place of the loaded one is
 	// older, and for a unit that was just installed, or that a generator makes.
-	known := u.LoadState == "loaded" || u.LoadState == "masked"
-	stale := reload || u.NeedDaemonReload == "yes" || !known
-	if err != nil || !stale {
+	isKnown := slices.Contains([]string{"loaded", "masked"}, u.is["LoadState"])
+	isStale := reload || u.is["NeedDaemonReload"] == "yes" || !isKnown
+	if err != nil || !isStale {
 		return u, err
 	}
 	if err := daemonReload(ctx); err != nil {
@@ -301,27 +288,14 @@ func loadUnit(ctx context.Context, name string, reload bool) (unit, error) {
 	return showUnit(ctx, name)
 }
 
-// enable makes an instance of a template start at boot, if nobody decided otherwise.
-func enable(ctx context.Context, name string) error {
-	if !isDisabled(ctx, name) {
-		return nil
-	}
-	_, err := systemctl(ctx, localLimit, "enable", "--", name)
-	return err
-}
-
-// isDisabled says whether a template's instance is to be enabled.
-func isDisabled(ctx context.Context, name string) bool {
-	if !strings.Contains(name, "@") {
-		return false
-	}
-	out, _ := systemctl(ctx, localLimit, "is-enabled", "--", name) // its exit status only repeats the word
-	return strings.TrimSpace(string(out)) == "disabled"
+// isDisabled says whether the unit is a template's instance that is to be enabled, for nobody decided otherwise.
+func isDisabled(name string, u *unit) bool {
+	return strings.Contains(name, "@") && u.is["UnitFileState"] == "disabled"
 }
 
 // verbFor is the systemctl verb that makes u run with today's files: action where that can be done.
 func verbFor(u *unit, action string) (string, error) {
-	oneshot := u.Type == "oneshot"
+	oneshot := u.is["Type"] == "oneshot"
 	switch {
 	case action == "stop":
 		return action, nil
@@ -331,12 +305,12 @@ func verbFor(u *unit, action string) (string, error) {
 		return "start", nil
 	case oneshot && action == "kill": // there is no process
 		return "restart", nil
-	case action != "reload" || u.CanReload == "yes": // others than reload know themselves what a unit can
+	case action != "reload" || u.is["CanReload"] == "yes": // others than reload know themselves what a unit can
 		return action, nil
 	case oneshot:
 		return "restart", nil
 	}
-	return "", fmt.Errorf(`%s can't be reloaded: use action = "restart"`, u.ID)
+	return "", fmt.Errorf(`%s can't be reloaded: use action = "restart"`, u.is["Id"])
 }
 
 // act gives systemd a verb for a unit and counts it. Where it fails, the unit's last words are in the error.
@@ -366,18 +340,18 @@ func cancelJob(ctx context.Context, name string) error {
 	if errors.Is(err, errShutdown) {
 		return err
 	}
-	if job, _, _ := strings.Cut(u.Job, " "); job != "" {
+	if job, _, _ := strings.Cut(u.is["Job"], " "); job != "" {
 		_, _ = systemctl(ctx, localLimit, "cancel", job)
 	}
 	return nil
 }
 
-// lastWords returns what the unit's processes last said to the journal since start (in whole seconds),
-// private, ready to be put behind an error. What systemd said of the unit is in its properties.
+// lastWords returns what the unit's processes last said to the journal since start, and what systemd said of
+// their end: private, ready to be put behind an error.
 func lastWords(ctx context.Context, id string, start time.Time) string {
-	since := "@" + strconv.FormatInt(start.Unix(), 10)
-	args := []string{"-q", "--no-pager", "-o", "cat", "-n", "4", "--since", since, "_SYSTEMD_UNIT=" + id}
-	cmd := exec.Command("journalctl", args...)
+	const processExit = "MESSAGE_ID=98e322203f7a4ed290d09fe03c09fe15" // of systemd, see journalctl(1), --catalog
+	cmd := exec.Command("journalctl", "-q", "--no-pager", "-o", "cat", "-n", "5", "--since",
+		fmt.Sprintf("@%.6f", float64(start.UnixMicro())/1e6), "_SYSTEMD_UNIT="+id, "+", "_PID=1", "UNIT="+id, processExit)
 	out, err := execute(ctx, program{name: "journalctl", cmd: cmd, limit: 10 * time.Second})
 	words := redact(unmark(oneLine(string(out))))
 	if err != nil || words == "" {
@@ -417,10 +391,10 @@ func settle(ctx context.Context, name, action string, watch time.Duration) (u un
 
 		again := u.restartedSince(&before)
 		if again {
-			u.SubState += ", restarted by systemd"
+			u.is["SubState"] += ", restarted by systemd"
 		}
 		if again || !u.well(action) {
-			return u, errors.New(u.describe() + lastWords(ctx, u.ID, start.Add(-time.Second)))
+			return u, errors.New(u.describe() + lastWords(ctx, u.is["Id"], start.Add(-time.Second)))
 		}
 		if last {
 			return u, nil
@@ -432,39 +406,33 @@ func settle(ctx context.Context, name, action string, watch time.Duration) (u un
 // restartedSince says whether the unit restarted by itself since it was as before (the zero unit: not known).
 // One of Type=simple counts as active the moment it is started: a crash loop shows by this alone.
 func (u *unit) restartedSince(before *unit) bool {
-	counted := before.NRestarts != "" && u.NRestarts != before.NRestarts
+	counted := before.is["NRestarts"] != "" && u.is["NRestarts"] != before.is["NRestarts"]
 	// What starts a unit that was down, or a oneshot, is no crash, but a socket or timer.
-	ran := before.running() && u.Type != "oneshot"
-	return counted || ran && u.InvocationID != before.InvocationID
+	ran := before.running() && u.is["Type"] != "oneshot"
+	return counted || ran && u.is["InvocationID"] != before.is["InvocationID"]
 }
 
 // seesOld says whether the unit's main process, in a mount namespace of its own, does not see the file or
 // directory that local shows on the host.
 func (u *unit) seesOld(local string) bool {
 	host, err1 := os.Stat(local)
-	inside, err2 := os.Stat("/proc/" + u.MainPID + "/root" + local) // none where the PID is 0
+	inside, err2 := os.Stat("/proc/" + u.is["MainPID"] + "/root" + local) // none where the PID is 0
 	return errors.Join(err1, err2) == nil && !os.SameFile(host, inside)
 }
 
-// Directories of units, as in systemd.unit(5).
-const unitDirs = "/etc/systemd/system /run/systemd/system /usr/local/lib/systemd/system " +
-	"/usr/lib/systemd/system /lib/systemd/system"
+// unitDir matches a directory of units, as in systemd.unit(5), what is in it, and what it is in.
+var unitDir = regexp.MustCompile(`^/(etc|run|(usr/(local/)?)?lib)/systemd(/system(/.*)?)?$`)
 
-// inUnitDir says whether local is, is in, or is around a directory of systemd units.
-func inUnitDir(local string) bool {
-	if local == "" {
-		return false
+// forgetUnits has systemd forget the units that lay where mounts were taken away.
+func forgetUnits(ctx context.Context, gone []string) error {
+	if !slices.ContainsFunc(gone, unitDir.MatchString) {
+		return nil
 	}
-	return slices.ContainsFunc(strings.Fields(unitDirs), func(d string) bool {
-		return strings.HasPrefix(local+"/", d+"/") || strings.HasPrefix(d, local+"/")
-	})
+	return daemonReload(ctx)
 }
 
 // notify tells systemd of our own state, as sd_notify(3) describes it; without systemd it does nothing.
 func notify(socket, state string) {
-	if socket == "" {
-		return
-	}
 	c, err := net.Dial("unixgram", socket)
 	if err != nil {
 		return
