@@ -68,6 +68,9 @@ func fakeUnit(dir, name string) string {
 	if path.Ext(name) == "" {
 		name += ".service"
 	}
+	if strings.Contains(name, "@") {
+		state = append(state, "\nUnitFileState=disabled"...)
+	}
 	return fmt.Sprintf("Id=%s\nLoadState=loaded\nSubState=x\nResult=success\nType=simple\n"+
 		"NeedDaemonReload=no\nCanReload=yes\nNRestarts=0\nMainPID=0\nActiveState=%s\n", name, state)
 }
@@ -340,7 +343,7 @@ func TestUnitsLook(t *testing.T) {
 
 func TestUnitTemplateIsEnabledAndFailedIsReset(t *testing.T) {
 	f := newFakeSystemd(t)
-	f.set("svc@1.service", "failed\nUnitFileState=disabled")
+	f.set("svc@1.service", "failed")
 	verb, err := tell(context.Background(), "svc@1.service", "restart", false, func(string) {})
 	if err != nil || verb != "start" {
 		t.Errorf("%q, %v", verb, err)
