@@ -20,13 +20,16 @@ package main
 import (
 	"cmp"
 	"context"
+	_ "embed"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"os/signal"
+	"path"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
@@ -46,7 +49,11 @@ func main() {
 
 // run is the program: it does what args ask for, and returns the exit status.
 func run(args []string, stdout, stderr io.Writer) int {
-	if len(args) > 1 && args[1] == checkChild {
+	program, first := filepath.Base(args[0]), ""
+	if len(args) > 1 {
+		first = args[1]
+	}
+	if first == checkChild {
 		err := runCheckChild()
 		_, _ = fmt.Fprint(os.NewFile(3, "status"), oneLine(err.Error()))
 		return 1
@@ -62,9 +69,9 @@ func run(args []string, stdout, stderr io.Writer) int {
 		}
 	}()
 	switch {
-	case filepath.Base(args[0]) == "gitopperctl":
+	case program == "gitopperctl":
 		return ctl.Main(ctx, args[1:], stdout, stderr)
-	case len(args) > 1 && args[1] == "ctl":
+	case first == "ctl":
 		return ctl.Main(ctx, args[2:], stdout, stderr)
 	}
 
@@ -86,49 +93,32 @@ func run(args []string, stdout, stderr io.Writer) int {
 }
 
 // run does what the options ask for.
-func (o options) run(ctx context.Context, stdout, stderr io.Writer) (err error) {
-	switch o.mode {
-	case helpMode:
-		_, err = io.WriteString(stdout, usage)
+func (o options) run(ctx context.Context, stdout, stderr io.Writer) error {
+	version, goVersion := ctl.Version()
+	text, isText := map[mode]string{
+		helpMode: usage, alertsMode: alertRules, dashboardMode: dashboard,
+		versionMode: fmt.Sprintf("gitopper %s %s\n", version, goVersion),
+	}[o.mode]
+	if isText {
+		_, err := io.WriteString(stdout, text)
 		return err
-	case alertsMode:
-		_, err = io.WriteString(stdout, alertRules)
-		return err
-	case dashboardMode:
-		_, err = io.WriteString(stdout, dashboard)
-		return err
-	case versionMode:
-		version, goVersion := ctl.Version()
-		_, err = fmt.Fprintf(stdout, "gitopper %s %s\n", version, goVersion)
+	}
+	if err := o.validate(); err != nil {
 		return err
 	}
 
-	if err := o.judge(); err != nil {
-		return err
-	}
-	switch o.mode {
-	case unitMode:
+	switch isRoot := os.Geteuid() == 0; {
+	case o.mode == unitMode:
 		exe, err := os.Executable()
-		if err != nil {
-			return err
+		if err == nil {
+			_, err = io.WriteString(stdout, unitFile(exe, o.given))
 		}
-		_, err = io.WriteString(stdout, unitFile(exe, o.given))
 		return err
-	case checkMode:
-		c, err := loadConfig(o, os.ReadFile)
-		if err != nil {
-			return err
-		}
-		for _, w := range slices.Concat(c.warnings(o), c.lacks(ctx)) {
-			fmt.Fprintf(stderr, "gitopper: %s\n", w)
-		}
-		return nil
-	}
-	if o.root && os.Geteuid() != 0 {
+	case o.mode == checkMode:
+		return o.check(ctx, stderr)
+	case o.root && !isRoot:
 		return errors.New("must be run as root (or with --root=false, for debugging)")
-	}
-	if o.mode == dryMode {
-		setLogger(map[bool]io.Writer{true: stderr, false: io.Discard}[o.debug], o.debug)
+	case o.mode == dryMode:
 		return dryRun(ctx, o, stdout, stderr)
 	}
 	setLogger(stderr, o.debug)
@@ -154,8 +144,6 @@ type agent struct {
 	right    *config                // the last one that was right; nil: there was none yet
 	wrong    atomic.Pointer[string] // what is wrong with the config on disk; nil: nothing
 	socket   string                 // of systemd, for words of ours; empty without
-	watchdog time.Duration          // systemd wants a word that often; 0: never
-	started  time.Time
 }
 
 // daemon runs until ctx is done or, with --once, through one pass.
@@ -169,9 +157,8 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		debug.SetMemoryLimit(48 << 20) // a goal for the garbage collector, whatever strangers send us
 	}
 
-	a := &agent{options: o, socket: os.Getenv("NOTIFY_SOCKET"), started: time.Now()}
-	microseconds, _ := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
-	a.watchdog = time.Duration(microseconds) * time.Microsecond
+	a := &agent{options: o, socket: os.Getenv("NOTIFY_SOCKET")}
+	watchdog, _ := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
 	for _, k := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} {
 		os.Unsetenv(k) // not for the programs that we run
 	}
@@ -186,6 +173,7 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 		time.AfterFunc(10*time.Second, kill)
 	})
 
+	a.tasks.Go(func() { a.feedWatchdog(time.Duration(watchdog) * time.Microsecond / 3) })
 	err = a.work(stdout)
 	a.end(err) // what was started ends, too, whatever the error
 	a.tasks.Wait()
@@ -198,8 +186,8 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 // work mounts what is on disk, tells systemd that we are ready, and lets the services live until we are to
 // end. Nothing is looked at or acted on before all mounts are made.
 func (a *agent) work(stdout io.Writer) error {
-	a.tasks.Go(a.feedWatchdog)
-	a.tasks.Go(a.serveMetrics)
+	started := time.Now()
+	a.tasks.Go(func() { a.serveMetrics(started) })
 	c, err := a.load()
 	if c == nil || a.pull {
 		restoreMounts(a.stateDir) // there is no config yet to say which
@@ -309,40 +297,6 @@ func (a *agent) newOwn(u *upstream, stateDir string) *Service {
 	return own
 }
 
-// assemble makes the services of the config, and the upstreams that they share.
-func (a *agent) assemble(c *config, stateDir string) (services []*Service, upstreams []*upstream) {
-	made := map[[2]string]*upstream{}
-	get := func(url, user string) *upstream {
-		k := [2]string{url, user}
-		if made[k] == nil {
-			made[k] = newUpstream(stateDir, url, user)
-			upstreams = append(upstreams, made[k])
-		}
-		return made[k]
-	}
-	if a.upstream != "" {
-		own := a.newOwn(get(a.upstream, ""), stateDir)
-		own.signers, own.rec.Signers = c.signers, c.signers
-		if err := own.save(); err != nil {
-			slog.Error(fmt.Sprintf("gitopper: %v", err))
-		}
-		services = append(services, own)
-	}
-	for _, sp := range c.services {
-		services = append(services, newService(sp, stateDir, get(sp.upstream, sp.user), a.interval, a.stop))
-	}
-	for _, s := range services {
-		for _, other := range services {
-			if strings.HasPrefix(other.files.dir, s.files.dir+"/") { // whose mount is our checkout
-				s.files.nested = append(s.files.nested, other.files.dir)
-			}
-		}
-	}
-	startCounters(services)
-	a.services.Store(&services)
-	return services, upstreams
-}
-
 // mount makes every local show what is on disk, and takes away the mounts and clones of services that left
 // the config. A config without an entry for this machine takes nothing away: the machine may have another
 // name today. It returns where mounts went.
@@ -358,44 +312,6 @@ func (a *agent) mount(c *config, services []*Service, upstreams []*upstream) (go
 		a.tasks.Go(func() { retireUpstreams(a.stop.soft, a.stateDir, upstreams) })
 	}
 	return append(gone, mountFirst(a.stop.soft, services)...)
-}
-
-// lookAtAll looks at upstreams side by side, and again where that failed: alone it is no trouble yet.
-func lookAtAll(ctx context.Context, upstreams []*upstream) {
-	var looks sync.WaitGroup
-	for _, u := range upstreams {
-		looks.Go(func() {
-			if u.lookNow(ctx, false) != nil {
-				_ = u.lookNow(ctx, false)
-			}
-		})
-	}
-	looks.Wait()
-}
-
-// onePass is --once: every service is looked at and brought to what it should be, side by side.
-func (a *agent) onePass(services []*Service, upstreams []*upstream, stdout io.Writer) error {
-	ctx := a.stop.soft
-	lookAtAll(ctx, upstreams)
-	var passes sync.WaitGroup
-	for _, s := range services {
-		passes.Go(func() { s.pass(ctx) })
-	}
-	passes.Wait()
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-
-	var err error
-	for _, s := range services {
-		st := s.Status()
-		line := fmt.Sprintf("%s %.8s %s %s", s.service, st.Commit, st.State, st.Info)
-		fmt.Fprintln(stdout, strings.TrimSpace(line))
-		if st.state != stateOK && st.state != stateFreeze {
-			err = errors.New("not all services are OK")
-		}
-	}
-	return err
 }
 
 // watch keeps systemd's status line, and notices a changed config: with -r a right one ends us.
@@ -459,12 +375,12 @@ func (a *agent) configRight() bool {
 	return a.wrong.Load() == nil && (server == nil || server.keys.ok())
 }
 
-// feedWatchdog tells systemd that all loops turn, as long as they do.
-func (a *agent) feedWatchdog() {
-	if a.watchdog == 0 {
+// feedWatchdog tells systemd so often that all loops turn, as long as they do; where it wants no word, never.
+func (a *agent) feedWatchdog(often time.Duration) {
+	if often == 0 {
 		return
 	}
-	for tick := time.Tick(a.watchdog / 3); ; {
+	for tick := time.Tick(often); ; {
 		select {
 		case <-a.stop.soft.Done():
 			return
@@ -477,10 +393,10 @@ func (a *agent) feedWatchdog() {
 }
 
 // serveMetrics serves the HTTP interface as soon as its port can be had.
-func (a *agent) serveMetrics() {
+func (a *agent) serveMetrics(started time.Time) {
 	if l := a.listen("--metric", a.metric); l != nil {
 		services := func() []*Service { return *a.services.Load() }
-		m := monitor{a.names[0], services, a.configRight, a.summary, a.started}
+		m := monitor{a.names[0], services, a.configRight, a.summary, started}
 		m.serve(a.stop.soft, l)
 	}
 }
@@ -540,4 +456,143 @@ func (a *agent) persist(most time.Duration, try func() error) error {
 		}
 	}
 	return context.Cause(a.stop.soft)
+}
+
+//go:embed testdata/help.txt
+var usage string
+
+// mode is what the program is to do: the name of the option that asks for it; empty is the daemon.
+type mode string
+
+const (
+	onceMode      mode = "once"
+	dryMode       mode = "dry-run"
+	checkMode     mode = "check"
+	unitMode      mode = "unit"
+	alertsMode    mode = "alerts"
+	dashboardMode mode = "dashboard"
+	versionMode   mode = "version"
+	helpMode      mode = "help"
+)
+
+var modes = []mode{onceMode, dryMode, checkMode, unitMode, alertsMode, dashboardMode, versionMode, helpMode}
+
+// options are what the command line asks for.
+type options struct {
+	mode                               mode
+	hosts                              nameList
+	names                              []string // the hostname, then hosts
+	config, ssh, metric, hostkey       string
+	interval                           time.Duration
+	debug, restart, root               bool
+	upstream, directory, branch, mount string
+	pull                               bool
+	given                              []string // for --unit: the other options, as words of a command line
+	stateDir                           string
+}
+
+// configPath is where the config file lies: with -U below our own checkout.
+func (o *options) configPath() string {
+	if o.upstream == "" {
+		return o.config
+	}
+	return filepath.Join(o.mount, "gitopper", o.directory, o.config)
+}
+
+// ownSpec is the service gitopper of a bootstrap: the directory of the repository that holds our config. It
+// is root's.
+func (o *options) ownSpec() spec {
+	return spec{
+		upstream: o.upstream, branch: o.branch, mount: filepath.Clean(o.mount),
+		machine: o.names[0], service: "gitopper",
+		dirs: []dir{{link: path.Clean(o.directory)}}, fallback: true,
+	}
+}
+
+func parseOptions(args []string) (o options, err error) {
+	host, err := os.Hostname()
+	if err != nil {
+		return o, err
+	}
+	// systemd makes and names the state directory. Several could be listed; ours is the first.
+	o.stateDir, _, _ = strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
+	o.stateDir = cmp.Or(o.stateDir, "/var/lib/gitopper")
+
+	fl := o.flags()
+	if err := fl.Parse(args); err != nil {
+		return o, fmt.Errorf("%w: see gitopper --help", err)
+	}
+	if fl.NArg() > 0 {
+		return o, fmt.Errorf("unexpected argument %q: see gitopper --help", fl.Arg(0))
+	}
+	o.names = append([]string{host}, o.hosts...)
+	o.hostkey = absolute(o.hostkey)
+	if o.upstream == "" { // else it is relative to the checkout
+		o.config = absolute(o.config)
+	}
+	fl.Visit(func(f *flag.Flag) {
+		if f.Name != "n" && !slices.Contains(modes, mode(f.Name)) {
+			o.given = append(o.given, "-"+f.Name+"="+f.Value.String())
+		}
+	})
+	return o, nil
+}
+
+// absolute returns a file's absolute name; no name is none.
+func absolute(file string) string {
+	if abs, err := filepath.Abs(file); file != "" && err == nil {
+		return abs
+	}
+	return file
+}
+
+// flags returns the options as flags that set o.
+func (o *options) flags() *flag.FlagSet {
+	fl := flag.NewFlagSet("gitopper", flag.ContinueOnError)
+	fl.SetOutput(io.Discard)
+	fl.Var(&o.hosts, "hosts", "")
+	fl.StringVar(&o.config, "config", "", "")
+	fl.StringVar(&o.ssh, "ssh", ":2222", "")
+	fl.StringVar(&o.metric, "metric", ":9222", "")
+	fl.StringVar(&o.hostkey, "hostkey", "", "")
+	fl.BoolVar(&o.debug, "debug", false, "")
+	fl.BoolVar(&o.restart, "restart", false, "")
+	fl.BoolVar(&o.root, "root", true, "")
+	fl.DurationVar(&o.interval, "duration", 5*time.Minute, "")
+	fl.StringVar(&o.upstream, "upstream", "", "")
+	fl.StringVar(&o.directory, "directory", "gitopper", "")
+	fl.StringVar(&o.branch, "branch", "main", "")
+	fl.StringVar(&o.mount, "mount", "", "")
+	fl.BoolVar(&o.pull, "pull", false, "")
+	for _, m := range modes {
+		fl.BoolFunc(string(m), "", func(value string) error {
+			is, err := strconv.ParseBool(value)
+			if is {
+				o.mode = m
+			}
+			return err
+		})
+	}
+	for short, long := range map[string]string{
+		"h": "hosts", "c": "config", "s": "ssh", "m": "metric", "k": "hostkey", "d": "debug",
+		"r": "restart", "o": "root", "t": "duration", "n": "dry-run",
+		"U": "upstream", "D": "directory", "B": "branch", "M": "mount", "P": "pull",
+	} {
+		fl.Var(fl.Lookup(long).Value, short, "")
+	}
+	return fl
+}
+
+// nameList is the flag.Value of --hosts.
+type nameList []string
+
+func (l *nameList) String() string { return strings.Join(*l, ",") }
+
+func (l *nameList) Set(list string) error {
+	for name := range strings.SplitSeq(list, ",") {
+		if name = strings.TrimSpace(name); name != "" {
+			*l = append(*l, name)
+		}
+	}
+	return nil
 }

@@ -5,8 +5,11 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"maps"
+	"net"
 	"os"
 	"path"
 	"path/filepath"
@@ -256,6 +259,18 @@ func (p *parser) trespass(s, other *spec) {
 	}
 }
 
+// check is --check: mistakes of the config are its error, and what is worth a warning is told.
+func (o options) check(ctx context.Context, stderr io.Writer) error {
+	c, err := loadConfig(o, os.ReadFile)
+	if err != nil {
+		return err
+	}
+	for _, w := range slices.Concat(c.warnings(o), c.lacks(ctx)) {
+		fmt.Fprintf(stderr, "gitopper: %s\n", w)
+	}
+	return nil
+}
+
 // warnings tells of what is no mistake, but perhaps not what was meant: no entry for this machine, and files
 // of the config that others than root can write, or put something else in the place of.
 func (c *config) warnings(o options) (found []string) {
@@ -294,4 +309,62 @@ func othersWrite(name string) bool {
 		return false
 	}
 	return fi.Mode()&0o022 != 0 || fi.Sys().(*syscall.Stat_t).Uid != 0
+}
+
+// validate finds what is wrong with the options, or does not go together.
+func (o *options) validate() error {
+	if o.interval <= 0 {
+		return fmt.Errorf("-t %v: must be more than 0", o.interval)
+	}
+	if err := o.validateConfig(); err != nil {
+		return err
+	}
+	for option, addr := range map[string]string{"--ssh": o.ssh, "--metric": o.metric} {
+		if err := validAddress(addr); err != nil {
+			return fmt.Errorf("%s: %w", option, err)
+		}
+	}
+	return nil
+}
+
+// validateConfig is validate for what says where the config is.
+func (o *options) validateConfig() error {
+	isMissing := o.config == "" && o.mode != unitMode // which has a default
+	switch {
+	case (o.upstream == "") != (o.mount == ""):
+		return errors.New("bootstrapping needs both -U, the repository, and -M, " +
+			"the directory for its checkout")
+	case o.upstream != "":
+		return o.validateBootstrap()
+	case isMissing:
+		return errors.New("no config file: give one with -c; see gitopper --help")
+	case o.pull:
+		return errors.New("-P goes with -U")
+	}
+	return nil
+}
+
+func (o *options) validateBootstrap() error {
+	if !filepath.IsLocal(o.config) {
+		return fmt.Errorf("-c %q: with -U it must be a file in the directory %s of the repository",
+			o.config, o.directory)
+	}
+	own := o.ownSpec()
+	if found := own.validate(o.stateDir, o.configPath()); len(found) > 0 {
+		return fmt.Errorf("bootstrap: %s", found[0].text)
+	}
+	return nil
+}
+
+// validAddress is an error for what is no HOST:PORT, as far as it can be before the network is there.
+func validAddress(addr string) error {
+	if addr == "" {
+		return nil
+	}
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fmt.Errorf("%w: it must be HOST:PORT or :PORT", err)
+	}
+	_, err = net.LookupPort("tcp", port)
+	return err
 }

@@ -107,6 +107,40 @@ func newService(sp spec, stateDir string, up *upstream, interval time.Duration, 
 	return s
 }
 
+// assemble makes the services of the config, and the upstreams that they share.
+func (a *agent) assemble(c *config, stateDir string) (services []*Service, upstreams []*upstream) {
+	made := map[[2]string]*upstream{}
+	get := func(url, user string) *upstream {
+		k := [2]string{url, user}
+		if made[k] == nil {
+			made[k] = newUpstream(stateDir, url, user)
+			upstreams = append(upstreams, made[k])
+		}
+		return made[k]
+	}
+	if a.upstream != "" {
+		own := a.newOwn(get(a.upstream, ""), stateDir)
+		own.signers, own.rec.Signers = c.signers, c.signers
+		if err := own.save(); err != nil {
+			slog.Error(fmt.Sprintf("gitopper: %v", err))
+		}
+		services = append(services, own)
+	}
+	for _, sp := range c.services {
+		services = append(services, newService(sp, stateDir, get(sp.upstream, sp.user), a.interval, a.stop))
+	}
+	for _, s := range services {
+		for _, other := range services {
+			if strings.HasPrefix(other.files.dir, s.files.dir+"/") { // whose mount is our checkout
+				s.files.nested = append(s.files.nested, other.files.dir)
+			}
+		}
+	}
+	startCounters(services)
+	a.services.Store(&services)
+	return services, upstreams
+}
+
 // nudge makes run look at the world soon; it never blocks, and nudges that come together count once.
 func (s *Service) nudge() {
 	select {

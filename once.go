@@ -13,8 +13,47 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 )
+
+// lookAtAll looks at upstreams side by side, and again where that failed: alone it is no trouble yet.
+func lookAtAll(ctx context.Context, upstreams []*upstream) {
+	var looks sync.WaitGroup
+	for _, u := range upstreams {
+		looks.Go(func() {
+			if u.lookNow(ctx, false) != nil {
+				_ = u.lookNow(ctx, false)
+			}
+		})
+	}
+	looks.Wait()
+}
+
+// onePass is --once: every service is looked at and brought to what it should be, side by side.
+func (a *agent) onePass(services []*Service, upstreams []*upstream, stdout io.Writer) error {
+	ctx := a.stop.soft
+	lookAtAll(ctx, upstreams)
+	var passes sync.WaitGroup
+	for _, s := range services {
+		passes.Go(func() { s.pass(ctx) })
+	}
+	passes.Wait()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+
+	var err error
+	for _, s := range services {
+		st := s.Status()
+		line := fmt.Sprintf("%s %.8s %s %s", s.service, st.Commit, st.State, st.Info)
+		fmt.Fprintln(stdout, strings.TrimSpace(line))
+		if st.state != stateOK && st.state != stateFreeze {
+			err = errors.New("not all services are OK")
+		}
+	}
+	return err
+}
 
 // plan is what a dry run found to be done: a line for each thing that a pass would change on the host.
 //
@@ -31,6 +70,11 @@ func (p *plan) add(format string, args ...any) {
 
 // dryRun prints what one pass over all services would do. It is an ending with status 3 if that is anything.
 func dryRun(ctx context.Context, o options, stdout, stderr io.Writer) error {
+	logs := io.Discard // what is wrong is told at the end
+	if o.debug {
+		logs = stderr
+	}
+	setLogger(logs, o.debug)
 	if err := gitVersion(ctx); err != nil {
 		return err
 	}
