@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha1"
@@ -50,7 +49,7 @@ type files struct {
 
 	m       *manifest        // as on disk, with what was learned since; nil: not read yet
 	staged  map[string]noted // by stage, for publish
-	settled *manifest        // by publish, for clear: what the manifest will be
+	after   *manifest        // by publish, for finish: what the manifest will be
 	cut     bool             // a publish was cut short before the manifest was read
 	unknown int64            // bytes of files whose size is not known that may still be read
 	full    shortage         // of the last stage that failed for want of space
@@ -88,19 +87,28 @@ const (
 
 // add tells what is to be done about a path. known says that the manifest has it as live.
 func (d *diff) add(p string, wanted, known bool, there found) {
-	edited := known && (there == theirs || wanted && (there == missing || there == blocked))
-	if edited {
-		d.edited = append(d.edited, p)
+	to := func(list *[]string, isOf bool) {
+		if isOf {
+			*list = append(*list, p)
+		}
+	}
+	if there == asWanted {
+		return
 	}
 
-	switch {
-	case wanted && there != asWanted:
-		d.put = append(d.put, p)
-	case !wanted && (there == ours || there == theirs):
-		d.gone = append(d.gone, p)
-	}
-	if wanted && (there == blocked || there == theirs && !known) {
-		d.alien = append(d.alien, p)
+	to(&d.put, wanted)
+	switch wasLive := wanted && known; there {
+	case missing:
+		to(&d.edited, wasLive)
+	case blocked:
+		to(&d.edited, wasLive)
+		to(&d.alien, wanted)
+	case ours:
+		to(&d.gone, !wanted)
+	case theirs:
+		to(&d.gone, !wanted)
+		to(&d.edited, known)
+		to(&d.alien, wanted && !known)
 	}
 }
 
@@ -129,16 +137,15 @@ func (f *files) compareAt(ctx context.Context, top place, want tree) (diff, erro
 		if err := ctx.Err(); err != nil {
 			return d, err
 		}
-		there, err := f.look(ctx, live, p, want[p], paths)
+		there, err := f.findAt(ctx, live, p, want[p], paths)
 		if err != nil {
 			return d, fmt.Errorf("%s/%s: %w", f.dir, p, err)
 		}
-		_, wanted := want[p]
 		// In a publish that was cut short nobody knows which of the blobs was live: what is none of them
 		// counts as somebody's own then, and is kept as well.
-		if wanted || there != missing {
-			d.add(p, wanted, len(m.known[p]) > 0 && !m.pending(), there)
-		}
+		_, wanted := want[p]
+		isLive := len(m.known[p]) > 0 && !m.pending()
+		d.add(p, wanted, isLive, there)
 	}
 	if err := f.compareDirs(live, want, &d); err != nil {
 		return d, err
@@ -155,44 +162,48 @@ func (f *files) compareAt(ctx context.Context, top place, want tree) (diff, erro
 
 // compareDirs adds links that are missing to d.put, and directories with a wrong mode or group to d.modes.
 func (f *files) compareDirs(live *descent, want tree, d *diff) error {
-	for _, p := range f.directories(want) {
-		dir, err := live.to(p)
+	for _, p := range slices.Sorted(maps.Keys(f.directories(want))) {
+		in := f.linkOf(p)
+		if in == (dir{}) {
+			continue // above the links
+		}
+		at, err := live.to(p)
 		var st syscall.Stat_t
 		if err == nil {
-			st, err = dir.stat()
+			st, err = at.stat()
 		}
 		there, err := f.standing(live, err)
 		if err != nil {
 			return fmt.Errorf("%s/%s: %w", f.dir, p, err)
 		}
 
-		a, isLink := f.attrs(p, blob{}), f.linkOf(p).link == p
+		a := f.attrs(p, blob{})
 		isUsers := there == asWanted && int(st.Uid) == a.uid // no owner is changed in place
 		if isUsers && a != attrsOf(&st) {
 			d.modes = append(d.modes, p)
 		}
-		if isLink {
+		if in.link == p {
 			d.add(p, true, false, there)
 		}
 	}
 	return nil
 }
 
-// directories returns the links that are directories, and all directories that want has below them, sorted.
-func (f *files) directories(want tree) []string {
-	stay := []string{}
+// directories returns what must be a directory for want: links, and what lies above and between them and the
+// paths of want.
+func (f *files) directories(want tree) map[string]bool {
+	all := []string{}
 	for p, b := range want {
-		if stay = append(stay, p); b.mode == "160000" {
-			stay = append(stay, p+"/.")
+		if all = append(all, p); b.mode == "160000" {
+			all = append(all, p+"/.")
 		}
 	}
 	for _, l := range f.dirs {
 		if l.kind == aDirectory {
-			stay = append(stay, l.link+"/.")
+			all = append(all, l.link+"/.")
 		}
 	}
-	above := func(p string) bool { return f.linkOf(p) == dir{} }
-	return slices.DeleteFunc(slices.Sorted(maps.Keys(dirsOf(stay))), above)
+	return dirsOf(all)
 }
 
 // attrs is whose something is, and what they may do with it.
@@ -226,7 +237,7 @@ func (f *files) attrs(p string, b blob) attrs {
 func (f *files) linkOf(p string) (in dir) {
 	for _, l := range f.dirs {
 		isInner := len(l.link) > len(in.link)
-		if isInner && isBelow(p, l.link) {
+		if isInner && within(p, l.link) {
 			in = l
 		}
 	}
@@ -240,8 +251,8 @@ func (f *files) paths(want tree) []string {
 	return slices.Compact(all)
 }
 
-// look says what is live under a path. paths, all of ours and all that are wanted, are sorted.
-func (f *files) look(ctx context.Context, live *descent, p string, want blob, paths []string) (found, error) {
+// findAt says what is live under a path. paths, all of ours and all that are wanted, are sorted.
+func (f *files) findAt(ctx context.Context, live *descent, p string, want blob, paths []string) (found, error) {
 	known := f.load().known[p]
 	dir, err := live.to(path.Dir(p))
 	var st syscall.Stat_t
@@ -253,18 +264,20 @@ func (f *files) look(ctx context.Context, live *descent, p string, want blob, pa
 	}
 
 	isDir := st.Mode&syscall.S_IFMT == syscall.S_IFDIR
-	if isDir && (want == blob{} || len(known) == 0) && anyBelow(paths, p) {
-		if want == (blob{}) {
-			return missing, nil // what was a file of ours is a directory of ours by now
-		}
+	isOurDir := isDir && anyBelow(paths, p)
+	switch {
+	case isOurDir && want == blob{}:
+		return missing, nil // what was a file of ours is a directory of ours by now
+	case isOurDir && len(known) == 0:
 		return ours, nil // a directory of ours stands where a file is to be
 	}
 	has, err := f.match(ctx, dir, path.Base(p), &st, known)
 	isLink, wantsLink := has.mode == "120000", want.mode == "120000"
+	isModule := isDir && want.mode == "160000"
 	switch {
 	case err != nil:
 		return missing, err
-	case isDir && want.mode == "160000":
+	case isModule:
 		return asWanted, nil
 	case has == blob{}:
 		return theirs, nil
@@ -280,12 +293,12 @@ func (f *files) standing(live *descent, err error) (found, error) {
 	switch {
 	case err == nil:
 		return asWanted, nil
-	case err == syscall.ENOENT, notThere(err) && len(f.m.known[live.stuck]) > 0:
+	case !notThere(err):
+		return missing, err
+	case err == syscall.ENOENT, len(f.m.known[live.stuck]) > 0:
 		return missing, nil
-	case notThere(err):
-		return blocked, nil
 	}
-	return missing, err
+	return blocked, nil
 }
 
 // anyBelow says whether one of the sorted paths lies below dir.
@@ -325,7 +338,8 @@ func (f *files) match(ctx context.Context, dir place, name string, st *syscall.S
 
 	kind := st.Mode & syscall.S_IFMT
 	i := slices.IndexFunc(known, func(n noted) bool {
-		return n.kind() == kind && (n.id == id || kind == syscall.S_IFDIR)
+		isSame := n.id == id || kind == syscall.S_IFDIR
+		return isSame && n.kind() == kind
 	})
 	if i < 0 {
 		return blob{}, nil
@@ -386,8 +400,10 @@ func (f *files) mountsInTheWay(top place, d diff) error {
 	changes := slices.Concat(d.put, d.gone)
 	for _, m := range mounts {
 		at, below := strings.CutPrefix(m.point, here+"/")
-		isHit := func(p string) bool { return isBelow(p, at) || isBelow(at, p) }
-		if below && slices.ContainsFunc(changes, isHit) {
+		if !below {
+			continue
+		}
+		if isHit := func(p string) bool { return nested(p, at) }; slices.ContainsFunc(changes, isHit) {
 			return brokenError{fmt.Errorf("%s/%s is a mount point, where files are to change: unmount it",
 				f.dir, at)}
 		}
@@ -406,8 +422,8 @@ func (f *files) enough(top place, want tree, d diff) (shortage, error) {
 		return shortage{}, err
 	}
 	now := shortage{digest(parts...), fs.Bavail * uint64(fs.Bsize), fs.Ffree}
-	more := now.bytes > f.full.bytes+f.full.bytes/16 || now.inodes > f.full.inodes+f.full.inodes/16
-	if now.what == f.full.what && !more {
+	noMore := now.bytes <= f.full.bytes+f.full.bytes/16 && now.inodes <= f.full.inodes+f.full.inodes/16
+	if noMore && now.what == f.full.what {
 		return now, fmt.Errorf("lay out files in %s: %w: as before, make room there", f.dir, syscall.ENOSPC)
 	}
 	return now, nil
@@ -438,147 +454,8 @@ func (f *files) probe(top place, want tree) error {
 	return nil
 }
 
-// noted is what the manifest knows of one path: what we put there, and what lstat(2) said of it then.
-type noted struct {
-	blob
-	stamp
-}
-
-// stamp is what lstat(2) says of a file. As long as it stays the same nobody can have changed the file.
-type stamp struct {
-	size         int64 // -1: not known
-	inode        uint64
-	mtime, ctime int64 // in ns; ctime 0: it may change again without another ctime, so it has to be read
-}
-
-func stampOf(st *syscall.Stat_t) stamp {
-	return stamp{st.Size, st.Ino, st.Mtim.Nano(), st.Ctim.Nano()}
-}
-
-// kind returns the type bits of a mode that stat(2) has for the blob.
-func (n *noted) kind() uint32 {
-	switch n.mode {
-	case "120000":
-		return syscall.S_IFLNK
-	case "160000":
-		return syscall.S_IFDIR
-	}
-	return syscall.S_IFREG
-}
-
-// manifest is what we put into a service's directory.
-type manifest struct {
-	live, next version            // next: is being made live, else zero
-	known      map[string][]noted // by path; several while next is being made live
-	paths      []string           // of known, sorted
-}
-
-func newManifest(live, next version, known map[string][]noted) *manifest {
-	return &manifest{live, next, known, slices.Sorted(maps.Keys(known))}
-}
-
-// pending says that a publish was begun and not finished.
-func (m *manifest) pending() bool { return m.next != version{} }
-
-// begin returns the manifest of a publish of v.
-func (m *manifest) begin(v version, staged map[string]noted) *manifest {
-	known := maps.Clone(m.known)
-	for p, n := range staged {
-		same := func(o noted) bool { return o.blob == n.blob }
-		known[p] = append(slices.DeleteFunc(slices.Clone(m.known[p]), same), n)
-	}
-	return newManifest(m.live, v, known)
-}
-
-// settle returns the manifest after the publish.
-func (m *manifest) settle(want tree) *manifest {
-	known := make(map[string][]noted, len(want))
-	for p, b := range want {
-		n := noted{stamp: stamp{size: -1}}
-		for _, k := range m.known[p] {
-			if k.id == b.id {
-				n = k // the last one is what was staged
-			}
-		}
-		n.blob = b
-		known[p] = []noted{n}
-	}
-	return newManifest(m.next, version{}, known)
-}
-
-// write writes the manifest, one line per path:
-//
-//	gitopper manifest 1
-//	live "606eb576..." "9c1d..."
-//	next "" ""
-//	100644 587be6b4... 12 4711 1767225600000000000 1767225600000000000 "a/b"
-//	end 9f86d081...
-func (m *manifest) write(name string) error {
-	var b bytes.Buffer
-	fmt.Fprintf(&b, "gitopper manifest 1\nlive %q %q\nnext %q %q\n",
-		m.live.Commit, m.live.Content, m.next.Commit, m.next.Content)
-	for _, p := range m.paths {
-		for _, n := range m.known[p] {
-			fmt.Fprintf(&b, "%s %s %d %d %d %d %q\n", n.mode, n.id, n.size, n.inode, n.mtime, n.ctime, p)
-		}
-	}
-	fmt.Fprintf(&b, "end %s\n", digest(b.String()))
-	return unwritten(writeFile(name, b.Bytes()))
-}
-
-// readManifest is an error where the manifest is missing, or not whole.
-func readManifest(name string) (*manifest, error) {
-	text, err := os.ReadFile(name)
-	if err != nil {
-		return nil, err
-	}
-	body, end, _ := strings.Cut(string(text), "\nend ")
-	if strings.TrimSpace(end) != digest(body+"\n") {
-		return nil, fmt.Errorf("%s: not whole", name)
-	}
-
-	var live, next version
-	_, err = fmt.Sscanf(body, "gitopper manifest 1\nlive %q %q\nnext %q %q",
-		&live.Commit, &live.Content, &next.Commit, &next.Content)
-	known := map[string][]noted{}
-	for i, line := range strings.Split(body, "\n") {
-		var n noted
-		var p string
-		if err != nil || i < 3 {
-			continue
-		}
-		_, err = fmt.Sscanf(line, "%s %s %d %d %d %d %q",
-			&n.mode, &n.id, &n.size, &n.inode, &n.mtime, &n.ctime, &p)
-		known[p] = append(known[p], n)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: not a manifest that this gitopper knows: %w", name, err)
-	}
-	return newManifest(live, next, known), nil
-}
-
-// load returns the manifest; one that can't be read is empty.
-func (f *files) load() *manifest {
-	if f.m == nil {
-		var err error
-		if f.m, err = readManifest(f.manifest); err != nil {
-			f.m = newManifest(version{}, version{}, map[string][]noted{})
-		}
-		f.cut = lexists(f.dir + "/" + publishDir)
-	}
-	return f.m
-}
-
-// live returns the version whose files are live by the manifest; zero where it is missing or torn.
-func (f *files) live() version { return f.load().live }
-
-// pending says that a publish was begun and not finished.
-func (f *files) pending() bool {
-	return f.load().pending() || f.cut
-}
-
 // prepare makes the directory, takes over one of an older gitopper or of another user, and throws away what a
-// killed pass staged. (What one published waits for clear.) known is what the unit was last told of: it
+// killed pass staged. (What one published waits for finish.) known is what the unit was last told of: it
 // stands in for a manifest that was lost.
 func (f *files) prepare(ctx context.Context, known tree) error {
 	if err := f.takeDirectory(); err != nil {
@@ -591,7 +468,7 @@ func (f *files) prepare(ctx context.Context, known tree) error {
 	defer top.close()
 
 	f.standIn(known)
-	f.settled, f.staged = nil, nil
+	f.after, f.staged = nil, nil
 	return os.RemoveAll(top.path() + "/" + stageDir)
 }
 

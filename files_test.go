@@ -93,7 +93,7 @@ func (b *filesBed) show(name string, want tree) ([]string, error) {
 	if err := b.publish(ctx, version{name, "content " + name}, want, d); err != nil {
 		return nil, err
 	}
-	return b.clear(ctx)
+	return b.finish(ctx)
 }
 
 // must shows want, and sees that all of it is there, that nothing else is to be done, and that nothing was
@@ -264,8 +264,8 @@ func TestFilesEdits(t *testing.T) {
 	b.must("three", b.tree("a/f", "three"))
 }
 
-// TestFilesCutBeforeClear writes through a descriptor (as through a file mount) that a cut publish left.
-func TestFilesCutBeforeClear(t *testing.T) {
+// TestFilesCutBeforeFinish writes through a descriptor (as through a file mount) that a cut publish left.
+func TestFilesCutBeforeFinish(t *testing.T) {
 	b := newFilesBed(t, "a")
 	ctx, one, two := t.Context(), b.tree("a/f", "one", "a/g", "g"), b.tree("a/f", "two", "a/h", "h")
 	b.must("one", one)
@@ -623,7 +623,7 @@ func TestFilesTakeOver(t *testing.T) {
 
 // TestFilesTakeOverCut leaves each state that a kill can.
 func TestFilesTakeOverCut(t *testing.T) {
-	for cut := range 4 {
+	for cut := range 5 {
 		t.Run(strconv.Itoa(cut), func(t *testing.T) {
 			b := newFilesBed(t, "a", "b")
 			os.MkdirAll(b.dir+"/.git", 0o755)
@@ -635,11 +635,13 @@ func TestFilesTakeOverCut(t *testing.T) {
 			if cut >= 1 {
 				os.MkdirAll(b.dir+".new/"+ourDir, 0o755)
 			}
-			if cut >= 2 {
+			if cut == 2 || cut == 3 { // as an earlier version did it
 				os.Rename(b.dir+"/a", b.dir+".new/a")
 			}
 			if cut >= 3 {
-				os.Rename(b.dir+"/b", b.dir+".new/b")
+				if cut == 3 {
+					os.Rename(b.dir+"/b", b.dir+".new/b")
+				}
 				os.Rename(b.dir, b.dir+".x")
 				os.Rename(b.dir+".new", b.dir)
 				os.Rename(b.dir+".x", b.dir+".new")

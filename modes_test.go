@@ -155,7 +155,7 @@ func TestFilesModesPlanted(t *testing.T) {
 		if err := b.publish(t.Context(), version{"one", "content one"}, want, d); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := b.clear(t.Context()); err != nil {
+		if _, err := b.finish(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		at := victim

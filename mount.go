@@ -265,7 +265,7 @@ func (t *mountTable) own(mounts []mountPoint, wants []shown) (own []mountPoint) 
 			if !ok {
 				return false
 			}
-			return isBelow(rest, "/"+n.Link) || m.point == points[n.Local] && aside.MatchString(rest)
+			return within(rest, "/"+n.Link) || m.point == points[n.Local] && aside.MatchString(rest)
 		}
 		if slices.ContainsFunc(names, mine) {
 			own = append(own, m)
@@ -283,9 +283,6 @@ func resolve(name string) string {
 	}
 	return name
 }
-
-// isBelow says whether a path is dir or lies in it.
-func isBelow(name, dir string) bool { return name == dir || strings.HasPrefix(name, dir+"/") }
 
 // shows says whether local shows today's link of the checkout. It is false for a mount that is missing,
 // stale, foreign or covered by another one.
@@ -423,7 +420,7 @@ func unbind(point string) error {
 // what stays ours. What is of another kind, or has content, is somebody's own by now.
 func unmake(made, needed []string) (stay []string) {
 	for _, name := range slices.Backward(made) {
-		inIt := func(p string) bool { return isBelow(p, name) }
+		inIt := func(p string) bool { return within(p, name) }
 		if slices.ContainsFunc(needed, inIt) || slices.ContainsFunc(stay, inIt) {
 			stay = append(stay, name)
 			continue

@@ -312,7 +312,7 @@ func (s *Service) planCompare(ctx context.Context, want tree) (d diff, err error
 
 // startAnew has a link, and all below it, be missing on disk.
 func (d *diff) startAnew(link string, want tree) {
-	isIn := func(p string) bool { return isBelow(p, link) }
+	isIn := func(p string) bool { return within(p, link) }
 	for _, list := range []*[]string{&d.put, &d.gone, &d.edited, &d.alien, &d.modes} {
 		*list = slices.DeleteFunc(*list, isIn)
 	}
@@ -443,7 +443,7 @@ func (s *Service) planKept(ctx context.Context, c *candidate) error {
 // seenAt is where a path of the repository is seen on the host: below a local, or in the checkout.
 func (s *Service) seenAt(p string) string {
 	for _, d := range s.dirs {
-		if d.local != "" && isBelow(p, d.link) {
+		if d.local != "" && within(p, d.link) {
 			return d.local + strings.TrimPrefix(p, d.link)
 		}
 	}

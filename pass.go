@@ -479,7 +479,7 @@ func (s *Service) publish(ctx context.Context, c *candidate) error {
 
 // keepEdits deals with what came out of the live files, now that no local shows it any more.
 func (s *Service) keepEdits(c *candidate) error {
-	kept, err := s.files.clear(s.stop.hard)
+	kept, err := s.files.finish(s.stop.hard)
 	if err != nil {
 		return err
 	}

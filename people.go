@@ -36,28 +36,18 @@ func (f *files) takeDirectory() error {
 	defer parent.close()
 
 	base := filepath.Base(f.dir)
-	if _, err := top.lstat(ourDir); err != nil {
-		if err := f.startAnew(); err != nil {
-			return err
-		}
-	}
-	if isFresh(top) {
-		if err := syscall.Mkdirat(top.fd, ourDir, 0o700); err != nil {
-			return fmt.Errorf("%s/%s: %w", f.dir, ourDir, err)
-		}
-	}
 	if !f.isLaidOut(top) {
-		err := f.startAnew()
-		if err == nil {
-			err = f.takeOver(parent, base, top)
-		}
-		if err != nil {
-			return fmt.Errorf("lay %s out anew: %w", f.dir, err)
+		if err = f.startAnew(); err == nil {
+			err = f.layOutAnew(parent, base, top)
 		}
 	}
-	// What is called new now is the old one, unless it was never gone on with.
-	if _, err := parent.lstat(base + ".new"); err == nil {
-		return f.setAside(parent, base+".new", base)
+	if _, missing := parent.lstat(base + ".new"); missing == nil {
+		if err == nil {
+			err = f.takeOver(parent, base)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("lay %s out anew: %w", f.dir, err)
 	}
 	return nil
 }
@@ -117,10 +107,46 @@ func (f *files) outerLinks() []dir {
 	})
 }
 
-// takeOver makes the directory anew beside old, and exchanges the two. It can be cut short anywhere: an
-// unfinished one of root's is gone on with.
-func (f *files) takeOver(parent place, base string, old place) error {
-	fresh, err := f.freshDir(parent, base)
+// layOutAnew makes top, base of parent, the service's: as it is where it is an empty one of root's, else by
+// exchange with a new one, base.new, which is the old one from then on.
+func (f *files) layOutAnew(parent place, base string, top place) error {
+	if isFresh(top) {
+		return syscall.Mkdirat(top.fd, ourDir, 0o700)
+	}
+	name := base + ".new"
+	if st, err := parent.lstat(name); err == nil && st.Uid != 0 { // somebody planted it
+		if err := f.setAside(parent, name, base); err != nil {
+			return err
+		}
+	}
+	err := except(syscall.Mkdirat(parent.fd, name, 0o755), syscall.EEXIST)
+	if err != nil {
+		return err
+	}
+	fresh, err := placeAt(parent.fd, name)
+	if err != nil {
+		return err
+	}
+	defer fresh.close()
+	if !fresh.rootsAlone() {
+		return fmt.Errorf("somebody replaced %s", name)
+	}
+	err = except(syscall.Mkdirat(fresh.fd, ourDir, 0o700), syscall.EEXIST)
+	if err != nil {
+		return err
+	}
+	return renameat2(parent, base, parent, name, renameExchange)
+}
+
+// takeOver moves the account's links, and checkouts that nest there, from the old directory, base.new of
+// parent, to the new one, and lays the rest of it aside. It can be cut short anywhere.
+func (f *files) takeOver(parent place, base string) error {
+	old, err := placeAt(parent.fd, base+".new")
+	if err != nil {
+		return err
+	}
+	defer old.close()
+	fresh, err := placeAt(parent.fd, base)
 	if err != nil {
 		return err
 	}
@@ -131,17 +157,16 @@ func (f *files) takeOver(parent place, base string, old place) error {
 			return fmt.Errorf("move %s: %w", l.link, err)
 		}
 	}
+	isDir := func(st syscall.Stat_t) bool { return st.Mode&syscall.S_IFMT == syscall.S_IFDIR }
 	for _, n := range f.nested {
-		if err := moveOver(old, fresh, strings.TrimPrefix(n, f.dir+"/"), func(st syscall.Stat_t) bool {
-			return st.Mode&syscall.S_IFMT == syscall.S_IFDIR
-		}); err != nil {
+		if err := moveOver(old, fresh, strings.TrimPrefix(n, f.dir+"/"), isDir); err != nil {
 			return fmt.Errorf("move %s: %w", n, err)
 		}
 	}
 	if err := fresh.sync("."); err != nil {
 		return err
 	}
-	return renameat2(parent, base, parent, base+".new", renameExchange)
+	return f.setAside(parent, base+".new", base)
 }
 
 // isUsers says of what is found at a link whether it is the user's, and of the right kind.
@@ -150,33 +175,6 @@ func (f *files) isUsers(k kind) func(syscall.Stat_t) bool {
 	return func(st syscall.Stat_t) bool {
 		return st.Mode&syscall.S_IFMT == mode && int(st.Uid) == f.acct.uid
 	}
-}
-
-// freshDir opens base.new, made unless it is there and root's.
-func (f *files) freshDir(parent place, base string) (place, error) {
-	name := base + ".new"
-	for range 2 {
-		if err := syscall.Mkdirat(parent.fd, name, 0o755); err != nil && err != syscall.EEXIST {
-			return place{-1}, err
-		}
-		fresh, err := placeAt(parent.fd, name)
-		if err != nil {
-			return fresh, err
-		}
-		if fresh.rootsAlone() {
-			err := syscall.Mkdirat(fresh.fd, ourDir, 0o700)
-			if err == nil || err == syscall.EEXIST {
-				return fresh, nil
-			}
-			fresh.close()
-			return place{-1}, err
-		}
-		fresh.close()
-		if err := f.setAside(parent, name, base); err != nil { // somebody planted it
-			return place{-1}, err
-		}
-	}
-	return place{-1}, errors.New("somebody replaced it while it was made")
 }
 
 // moveOver moves a path from the old directory to the new one, where it is what fits says; else it stays.

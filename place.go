@@ -367,4 +367,12 @@ func (p place) sync(name string) error {
 	return errors.Join(file.Sync(), file.Close())
 }
 
+// except returns err, nil where it is one of those that are fine.
+func except(err error, fine ...error) error {
+	if slices.Contains(fine, err) {
+		return nil
+	}
+	return err
+}
+
 func makePrivate(parent place, name, _ string) error { return syscall.Mkdirat(parent.fd, name, 0o700) }

@@ -182,19 +182,17 @@ func (f *files) publish(ctx context.Context, v version, want tree, d diff) error
 	}
 	defer w.close()
 
-	for _, p := range d.put {
-		if err := errors.Join(ctx.Err(), w.put(p)); err != nil {
-			return fmt.Errorf("publish %s/%s: %w", f.dir, p, err)
-		}
-	}
-	for _, p := range d.gone {
-		if err := errors.Join(ctx.Err(), w.takeOut(p)); err != nil {
-			return fmt.Errorf("take away %s/%s: %w", f.dir, p, err)
-		}
-	}
-	for _, p := range d.modes {
-		if err := errors.Join(ctx.Err(), w.putRight(p)); err != nil {
-			return fmt.Errorf("change mode or group of %s/%s: %w", f.dir, p, err)
+	for _, step := range []struct {
+		what  string
+		paths []string
+		do    func(string) error
+	}{
+		{"publish", d.put, w.put}, {"take away", d.gone, w.takeOut}, {"put right", d.modes, w.putRight},
+	} {
+		for _, p := range step.paths {
+			if err := errors.Join(ctx.Err(), step.do(p)); err != nil {
+				return fmt.Errorf("%s %s/%s: %w", step.what, f.dir, p, err)
+			}
 		}
 	}
 	w.removeEmpty(want)
@@ -202,7 +200,7 @@ func (f *files) publish(ctx context.Context, v version, want tree, d diff) error
 		return fmt.Errorf("%s: %w", f.dir, err)
 	}
 
-	f.settled = m.settle(want)
+	f.after = m.end(want)
 	return nil
 }
 
@@ -218,7 +216,7 @@ type swap struct {
 // was live under the staged file's name. The stage is thrown away by whoever finds one; what lies in
 // publishDir never is.
 func (f *files) openPublish(top place) (*swap, error) {
-	// What came out of a publish that was cut short may still be mounted: it waits for clear.
+	// What came out of a publish that was cut short may still be mounted: it waits for finish.
 	aside := publishDir + "-" + strconv.FormatInt(time.Now().UnixNano(), 10)
 	err := renameat2(top, publishDir, top, aside, renameNoReplace)
 	if err == nil || err == syscall.ENOENT {
@@ -337,13 +335,12 @@ func (w *swap) takeOut(p string) error {
 // removeEmpty removes the directories that held only what went; a link's own stays, for a mount of a removed
 // directory shows nothing for ever.
 func (w *swap) removeEmpty(want tree) {
-	stays := slices.Collect(maps.Keys(want))
-	for _, l := range w.f.dirs {
-		stays = append(stays, l.link+"/.")
-	}
-	keep, all := dirsOf(stays), slices.Sorted(maps.Keys(dirsOf(w.f.m.paths)))
+	stay, all := w.f.directories(want), slices.Sorted(maps.Keys(dirsOf(w.f.m.paths)))
 	for _, p := range slices.Backward(all) {
-		if dir, err := w.live.to(path.Dir(p)); err == nil && !keep[p] {
+		if stay[p] {
+			continue
+		}
+		if dir, err := w.live.to(path.Dir(p)); err == nil {
 			_ = syscall.Rmdir(dir.path() + "/" + path.Base(p))
 		}
 	}
@@ -364,10 +361,10 @@ func (w *swap) sync(changed []string) error {
 	return w.out.top.sync(".")
 }
 
-// clear looks at what came out in a publish, after every local shows its link: what is ours is thrown away,
+// finish looks at what came out in a publish, after every local shows its link: what is ours is thrown away,
 // all else is kept, unread, below editsDir, and kept says where. Then the manifest of what is live is
 // written.
-func (f *files) clear(ctx context.Context) (kept []string, err error) {
+func (f *files) finish(ctx context.Context) (kept []string, err error) {
 	top, err := openOwn(f.dir)
 	if err != nil {
 		return nil, err
@@ -384,11 +381,11 @@ func (f *files) clear(ctx context.Context) (kept []string, err error) {
 	if err := s.all(ctx); err != nil {
 		return s.kept, fmt.Errorf("look at what came out of %s: %w", f.dir, err)
 	}
-	if f.settled != nil {
-		if err := f.settled.write(f.manifest); err != nil {
+	if f.after != nil {
+		if err := f.after.write(f.manifest); err != nil {
 			return s.kept, err
 		}
-		f.m, f.settled, f.staged = f.settled, nil, nil
+		f.m, f.after, f.staged = f.after, nil, nil
 	}
 	f.cut = false
 	if err := f.prune(ctx, ours); err != nil && ctx.Err() == nil {
