@@ -80,6 +80,32 @@ dirs = [ { local = "/srv/app", link = "app" } ]
 	if got := l.read("/srv/app/conf") + l.read("/run/app.seen"); got != "2\n2\n" {
 		t.Errorf("after unfreeze: %q", got)
 	}
+
+	// What an operator sees of a commit that waits, and every service of the host at once.
+	out, err := l.ctl("do", "freeze", "@127.0.0.1", "-a", "1h", "looking", "around")
+	if err != nil || !strings.Contains(out, "looking around, until ") {
+		t.Errorf("freeze -a: %v\n%s", err, out)
+	}
+	third := u.commit(map[string]string{"app/conf": "3\n"})
+	eventually(t, "one commit waits", func() bool {
+		out, err = l.ctl("list", "service", "@127.0.0.1")
+		return err == nil && strings.Contains(out, second[:8]+" +1  FREEZE")
+	})
+	out, err = l.ctl("list", "log", "@127.0.0.1", "app")
+	for _, want := range []string{third[:8], "pending: ", second[:8], first[:8], "rollback"} {
+		if err != nil || !strings.Contains(out, want) {
+			t.Errorf("list log has no %q: %v\n%s", want, err, out)
+		}
+	}
+	out, err = l.ctl("list", "diff", "@127.0.0.1", "app")
+	if err != nil || !strings.Contains(out, "\n-2\n+3") {
+		t.Errorf("list diff: %v\n%s", err, out)
+	}
+	out, err = l.ctl("do", "unfreeze", "@127.0.0.1", "-a")
+	if err != nil || !strings.Contains(out, third[:8]) {
+		t.Errorf("unfreeze -a: %v\n%s", err, out)
+	}
+
 	// Usage and unknown things.
 	for _, tc := range []struct {
 		name, want string

@@ -3,13 +3,14 @@
 # The hosts of known_hosts, as ctl names them; hashed ones and patterns can't be named.
 _gitopper_hosts() {
   local names name rest
+  set -f # for this subshell
   while read -r names rest; do
     case $names in
     '#'* | '|'* | @*) continue ;;
     esac
     for name in ${names//,/ }; do
       case $name in
-      *[*?!]*) continue ;;
+      *[!A-Za-z0-9.:_%[\]-]*) continue ;; # bash would expand what stands in it
       \[*:*\]:2222) name=${name%:2222} ;;
       \[*:*\]:*) ;;
       \[*\]:*)
@@ -27,11 +28,12 @@ _gitopper_hosts() {
 # Replies with those words that begin as what is typed. Bash takes what stands behind a colon for a word of its
 # own, unless it is told otherwise: what stands in front of it is then not said again.
 _gitopper_reply() {
-  local typed=$1 said=
+  local typed=$1 said='' reply
   shift
   [[ $COMP_WORDBREAKS != *:* ]] || said=${typed%"${typed##*:}"}
-  mapfile -t COMPREPLY < <(compgen -W "$*" -- "$typed")
-  COMPREPLY=("${COMPREPLY[@]#"$said"}")
+  while read -r reply; do
+    COMPREPLY+=("${reply#"$said"}")
+  done < <(compgen -W "$*" -- "$typed")
 }
 
 _gitopper() {

@@ -242,6 +242,31 @@ func TestHelp(t *testing.T) {
 	}
 }
 
+// Help and completion have every command and option.
+func TestHelpIsWhole(t *testing.T) {
+	words := strings.Fields(completion)
+	for _, c := range commands {
+		line := strings.TrimPrefix(c.usage(), "usage: gitopper ctl [OPTION]...")
+		if !strings.Contains(help, "\n "+line) {
+			t.Errorf("help does not have %s", line)
+		}
+		for _, word := range strings.Fields(line)[:2] {
+			if !slices.Contains(words, word) {
+				t.Errorf("the completion does not have %s", word)
+			}
+		}
+	}
+	for name := range takesValue {
+		option := strings.Repeat("-", min(2, len(name))) + name
+		if option != "-h" && !(strings.Contains(help, "  "+option) || strings.Contains(help, ", "+option)) {
+			t.Errorf("help does not have %s", option)
+		}
+		if option != "-h" && !slices.Contains(words, option) {
+			t.Errorf("the completion does not have %s", option)
+		}
+	}
+}
+
 func TestWrongUsage(t *testing.T) {
 	home(t)
 	var all strings.Builder

@@ -200,7 +200,7 @@ func TestCompletion(t *testing.T) {
 	}
 	writeFile(t, filepath.Join(dir, ".ssh", "known_hosts"), strings.Join([]string{
 		"# comment", "[web1]:2222,[10.0.0.1]:2222 ssh-ed25519 x", "db1.example.org ssh-ed25519 x", "[mail]:2200 ssh-ed25519 x",
-		"[fe80::1]:2222 ssh-ed25519 x", "|1|hashed|x ssh-ed25519 x", "*.lan ssh-ed25519 x", "@revoked old ssh-ed25519 x",
+		"[fe80::1]:2222 ssh-ed25519 x", "|1|hashed|x ssh-ed25519 x", "*.lan ssh-ed25519 x", "@revoked old ssh-ed25519 x", "$(touch${IFS}pwned),`touch${IFS}pwned` ssh-ed25519 x",
 	}, "\n")+"\n")
 	writeFile(t, filepath.Join(dir, "others"), "other1 ssh-ed25519 x\n")
 	_, script, _ := call(t, "--completion")
@@ -243,5 +243,8 @@ func TestCompletion(t *testing.T) {
 		if !strings.Contains(string(out), "\n"+want+"\r\n") {
 			t.Errorf("%q gives %q, want %q (%v)", typed, out, want, err)
 		}
+	}
+	if exists(filepath.Join(dir, "pwned")) {
+		t.Error("a name in known_hosts was run")
 	}
 }
