@@ -159,7 +159,7 @@ scrape_configs:
 	}
 
 	board := main.run("gitopper", "--dashboard")
-	variables := strings.NewReplacer("$instance", ".*", "$service", ".*", "$__rate_interval", "1m")
+	variables := strings.NewReplacer("$instance", ".*", "$service", ".*", "$__rate_interval", "10m")
 	for _, query := range dashboardQueries(t, board) {
 		query = variables.Replace(query)
 		labWait(t, time.Minute, "an answer to "+query, func() error {
