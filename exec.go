@@ -397,7 +397,7 @@ func (h lineHandler) Handle(_ context.Context, r slog.Record) error {
 		b.WriteString(" " + a.String())
 		return true
 	})
-	return h.lines.Output(0, oneLine(redact(unmark(b.String()))))
+	return h.lines.Output(0, cut(oneLine(redact(unmark(b.String()))), maxLine))
 }
 
 // Words that are private stand between these in errors, infos and records; no other text holds them.
@@ -448,6 +448,20 @@ func oneLine(s string) string {
 		return ' '
 	}, strings.Join(lines, "; "))
 	return strings.TrimSpace(strings.ToValidUTF8(s, ""))
+}
+
+// maxLine and maxInfo bound a line of log, and what is said of a service.
+const (
+	maxLine = 8000
+	maxInfo = 2000
+)
+
+// cut bounds a text, which may end with how much of it was left out.
+func cut(text string, most int) string {
+	if len(text) <= most {
+		return text
+	}
+	return fmt.Sprintf("%s... and %d bytes more", strings.ToValidUTF8(text[:most], ""), len(text)-most)
 }
 
 // printable makes text from outside fit for a line: printable, and no longer than limit bytes.

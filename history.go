@@ -169,7 +169,9 @@ func (u *upstream) between(ctx context.Context, from, to string, dirs []dir) (
 
 	word := func(text string) string { return strings.Clone(redact(printable(text, 200))) }
 	for line := range strings.Lines(string(out)) {
-		n++
+		if n++; n == waitingMax {
+			break
+		}
 		f := strings.SplitN(strings.TrimSuffix(line, "\n"), "\x00", 4)
 		isWhole := len(f) == 4 && isHash(f[0])
 		if !isWhole || n > waitingTold {

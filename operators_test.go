@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -199,10 +198,27 @@ func TestFreezeWhenPinned(t *testing.T) {
 	w.runs(first)
 }
 
-// TestAnswersAreCut: an error of thousands of bytes is told in 4000.
-func TestAnswersAreCut(t *testing.T) {
-	err := errors.New(string(bytes.Repeat([]byte("word "), 10_000)))
+// TestLongWordsAreCut: thousands of mistakes in one error are cut in info, log and answer, and what is private
+// stays so.
+func TestLongWordsAreCut(t *testing.T) {
+	err := errors.New(strings.Repeat("mistake ", 10_000) + quote(strings.Repeat("private ", 10_000)))
 	if got := errorLine(err, true); len(got) > 4000 {
 		t.Errorf("%d bytes", len(got))
+	}
+
+	w := okWorld(t)
+	log, old := &lockedBuffer{}, slog.Default()
+	setLogger(log, false)
+	defer slog.SetDefault(old)
+	for _, text := range []string{err.Error(), quote(strings.Repeat("private ", 10_000))} {
+		w.s.last = &outcome{err: errors.New(text)}
+		w.s.publishStatus()
+		st := w.s.Status()
+		if len(st.Info) > maxInfo+50 || !strings.Contains(st.Info, " bytes more") || strings.Contains(st.Public, "private") {
+			t.Errorf("%d bytes: %.100s\n%.100s", len(st.Info), st.Info, st.Public)
+		}
+	}
+	if n := len(log.String()); n > 2*(maxLine+100) || strings.Count(log.String(), "\n") != 2 {
+		t.Errorf("%d bytes of log: %.300s", n, log)
 	}
 }

@@ -426,7 +426,8 @@ func (s *Service) publishStatus() {
 		refused = s.last.refused.Reason
 	}
 	s.status.Store(&Status{
-		Service: s.service, Commit: runs.Commit, State: st.String(), Info: unmark(info), Public: public(info),
+		Service: s.service, Commit: runs.Commit, State: st.String(),
+		Info: cut(unmark(info), maxInfo), Public: cut(public(info), maxInfo),
 		Change: s.rec.Row.Since, Upstream: s.upstream, Branch: s.branch,
 		InSync: inSync, OutOfSync: s.rec.Row.OutOfSync, LastLook: l.at, Refused: refused, state: st,
 		waiting: s.facts.waiting,
