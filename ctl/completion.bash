@@ -40,9 +40,7 @@ _gitopper() {
   local line=${COMP_LINE:0:COMP_POINT} known=~/.ssh/known_hosts before='' typed word
   local -a words=() asked=()
   typed=${line##*[[:blank:]]}
-  set -f
-  words=(${line%"$typed"})
-  set +f
+  read -ra words <<<"${line%"$typed"}"
   words=("${words[@]:1}")
   COMPREPLY=()
 
@@ -77,7 +75,7 @@ _gitopper() {
   @*) _gitopper_reply "$typed" "$(_gitopper_hosts @ "$known")" && return 0 ;;
   esac
   case ${asked[*]} in
-  '') _gitopper_reply "$typed" list do hdr ;;
+  '') _gitopper_reply "$typed" list "do" hdr ;;
   list | ls | l) _gitopper_reply "$typed" machines service log diff ;;
   do | d) _gitopper_reply "$typed" freeze unfreeze rollback pull ;;
   esac

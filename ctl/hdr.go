@@ -101,14 +101,11 @@ func fileURL(origin, branch, path string) (string, error) {
 		return "", errors.New("origin is no web address") // the error may hold a password
 	}
 
-	web := url.URL{Scheme: "https", Host: u.Hostname()}
+	web := url.URL{Scheme: "https", Host: strings.TrimSuffix(u.Host, ":"+u.Port())}
 	switch u.Scheme {
 	case "https", "http":
 		web.Scheme, web.Host = u.Scheme, u.Host
-	case "ssh", "git+ssh", "git":
-		if strings.Contains(web.Host, ":") {
-			web.Host = "[" + web.Host + "]"
-		}
+	case "ssh", "git+ssh", "git": // their port is not that of the web
 	default:
 		return "", fmt.Errorf("origin %s is no web address", u.Redacted())
 	}
