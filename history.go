@@ -232,6 +232,9 @@ func (u *upstream) diff(ctx context.Context, from, to string, dirs []dir) (text 
 			}
 		}
 	}
+	if len(differ) == 0 {
+		return nil, nil
+	}
 	if err := u.fetchMissing(ctx, differ); err != nil {
 		return nil, err
 	}

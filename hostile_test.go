@@ -44,6 +44,7 @@ type hostileWorld struct {
 	edits   []string
 	said    strings.Builder // all infos
 	commits int
+	first   string // commit
 }
 
 // TestHostileUser: a program that runs as the service's user does what it can to root, beside commits, edits, other
@@ -103,7 +104,7 @@ func newHostileWorld(t *testing.T) *hostileWorld {
 
 	_ = os.Mkdir(w.work+"/etc/mod", 0o755)
 	w.git(w.work, "update-index", "--add", "--cacheinfo", "160000,"+strings.Repeat("12", 20)+",etc/mod")
-	w.commit("etc/kept.conf", "commit 0\n")
+	w.first = w.commit("etc/kept.conf", "commit 0\n")
 	w.restart()
 	_ = os.Chmod(w.dir+"/state", 0o711)
 	w.up.patience = 2 * time.Second
@@ -293,6 +294,10 @@ func (w *hostileWorld) pass() {
 	w.look(false)
 	w.bounded("a pass", func() { w.s.pass(context.Background()) })
 	w.said.WriteString(w.s.Status().Info + "\n")
+	w.bounded("a diff", func() {
+		text, err := w.s.preview(context.Background(), w.first)
+		w.said.WriteString(fmt.Sprintln(text, err))
+	})
 }
 
 // bounded fails if f takes too long.
