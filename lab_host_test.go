@@ -78,8 +78,21 @@ func newLabs(t *testing.T, n int) (hosts []*labHost) {
 	return hosts
 }
 
-// bootLab makes what lab tests share, once, and boots a host.
+// bootLab boots a host on the disk of this machine, or of the shared base.
 func bootLab(t *testing.T, base string) *labHost {
+	t.Helper()
+	shareLabs(t)
+	s := &labShared
+	if base != "" {
+		if s.base.Do(func() { s.baseErr = makeLabBase(base) }); s.baseErr != nil {
+			t.Skip("no lab host: ", s.baseErr)
+		}
+	}
+	return bootHost(t, base)
+}
+
+// shareLabs makes what lab tests share, once.
+func shareLabs(t *testing.T) {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("a lab host takes a while, and this is -short")
@@ -114,15 +127,10 @@ func bootLab(t *testing.T, base string) *labHost {
 	if s.binaryErr != nil {
 		t.Fatal(s.binaryErr)
 	}
-	if base != "" {
-		if s.base.Do(func() { s.baseErr = makeLabBase(base) }); s.baseErr != nil {
-			t.Skip("no lab host: ", s.baseErr)
-		}
-	}
-	return bootHost(t, base)
 }
 
-func bootHost(t *testing.T, base string) *labHost {
+// bootHost boots a host, with variables of testdata/lab in more.
+func bootHost(t *testing.T, base string, more ...string) *labHost {
 	t.Helper()
 	l := &labHost{t: t, name: "lab" + strconv.Itoa(labPort()), sshPort: labPort(), metricPort: labPort()}
 	args := []string{l.name}
@@ -134,7 +142,7 @@ func bootHost(t *testing.T, base string) *labHost {
 			t.Errorf("lab down: %v\n%s", err, out)
 		}
 	})
-	if out, err := labScript("up", args...); err != nil {
+	if out, err := labScriptWith(more, "up", args...); err != nil {
 		t.Skipf("no lab host: %v\n%s", err, out)
 	}
 	l.openRoot()
@@ -192,11 +200,14 @@ func releaseLab() {
 }
 
 // labScript runs testdata/lab, whose labs end with this process, however it ends.
-func labScript(verb string, args ...string) (string, error) {
+func labScript(verb string, args ...string) (string, error) { return labScriptWith(nil, verb, args...) }
+
+func labScriptWith(more []string, verb string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "testdata/lab", append([]string{verb}, args...)...)
 	cmd.Env = append(os.Environ(), "LAB_DIR="+labShared.dir, fmt.Sprint("LAB_OWNER=", os.Getpid()))
+	cmd.Env = append(cmd.Env, more...)
 	cmd.WaitDelay = time.Second
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
