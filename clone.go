@@ -25,9 +25,9 @@ import (
 	"time"
 )
 
-// clone is a bare clone on disk. fetch and read are skeletons of root's (HEAD, config, refs), through which
-// git reaches the network and reads; objects is the user's, who runs git. Nothing in it is ever removed but
-// with all of it: what ran here can go live again when upstream has it no more.
+// clone is a bare clone on disk, root's but for its objects, which are the user's who runs git. Its config knows
+// of no upstream, so that what reads in it never fetches. Nothing in it is ever removed but with all of it: what
+// ran here can go live again when upstream has it no more.
 type clone struct {
 	u   *upstream
 	dir string
@@ -55,7 +55,7 @@ func tipRef(branch string) string { return "refs/tips/" + digest(branch) }
 // openClone returns the clone in a directory, where there may be none yet.
 func openClone(u *upstream, dir string) *clone {
 	c := &clone{u: u, dir: dir, tips: map[string]string{}, walks: map[walkKey]walked{}}
-	refs, _ := os.ReadFile(dir + "/fetch/packed-refs")
+	refs, _ := os.ReadFile(dir + "/packed-refs")
 	for line := range strings.Lines(string(refs)) { // 606eb576... refs/tips/54f1cf40...
 		id, ref, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
 		if isHash(id) {
@@ -99,10 +99,9 @@ func (c *clone) forget() {
 	c.walks = map[walkKey]walked{}
 }
 
-// git makes a git that reads the clone's objects, and knows of no upstream.
+// git makes a git that works in the clone, and knows of no upstream.
 func (c *clone) git(args ...string) *exec.Cmd {
-	env := []string{"GIT_OBJECT_DIRECTORY=" + c.dir + "/objects"}
-	return gitCommand(*c.u.acct.Load(), c.dir+"/read", env, args...)
+	return gitCommand(*c.u.acct.Load(), c.dir, nil, args...)
 }
 
 // tidy removes what a killed git, or a killed heal, left behind.
@@ -127,7 +126,7 @@ func (u *upstream) tidy(ctx context.Context) error {
 			_ = root.Remove("pack/" + name)
 		}
 	})
-	for _, pattern := range []string{"/fetch/*.lock", "/fetch/shallow*", "/fetch/*.new", "/read/*.lock"} {
+	for _, pattern := range []string{"/*.lock", "/shallow*", "/*.new"} {
 		names, _ := filepath.Glob(u.dir + pattern)
 		for _, name := range names {
 			if err := os.RemoveAll(name); err != nil {
@@ -157,7 +156,10 @@ func (u *upstream) inObjects(name string, do func(root *os.Root, name string)) {
 	}
 }
 
-const skeletonHead = "ref: refs/heads/none\n"
+const (
+	skeletonHead   = "ref: refs/heads/none\n"
+	filteredConfig = "[gitopper]\n\tfiltered = true\n" // git knows no such section
+)
 
 // part is a directory or a file of a clone: what it is to be.
 type part struct {
@@ -167,30 +169,23 @@ type part struct {
 	text string // of a file
 }
 
-// parts returns all of a clone that root makes, in order, for ids of so many digits. The config for the
-// network says that objects may be missing, if it is filtered; see git-partial-clone(7).
-func (c *clone) parts(digits int, filtered bool) (list []part) {
-	config := "[core]\n\trepositoryformatversion = 1\n\tbare = true\n[extensions]\n"
+// parts returns all of a clone that root makes, in order, for ids of so many digits.
+func (c *clone) parts(digits int, filtered bool) []part {
+	config := "[core]\n\trepositoryformatversion = 1\n\tbare = true\n"
 	if digits == 64 {
-		config += "\tobjectFormat = sha256\n"
+		config += "[extensions]\n\tobjectFormat = sha256\n"
 	}
-	network := config
 	if filtered {
-		network += "\tpartialClone = origin\n" +
-			"[remote \"origin\"]\n\tpromisor = true\n\tpartialclonefilter = blob:none\n"
+		config += filteredConfig
 	}
-
-	for _, name := range []string{"", "/fetch", "/fetch/refs", "/read", "/read/refs"} {
-		list = append(list, part{name, os.ModeDir | 0o755, os.Geteuid(), ""})
+	const open, plain = os.ModeDir | 0o755, 0o644
+	uid := os.Geteuid()
+	return []part{
+		{"", open, uid, ""}, {"/refs", open, uid, ""},
+		{"/objects", os.ModeDir | 0o700, c.u.acct.Load().uid, ""},
+		{"/HEAD", plain, uid, skeletonHead}, {"/config", plain, uid, config},
+		{"/packed-refs", plain, uid, refsText(c.tips)},
 	}
-	list = append(list, part{"/objects", os.ModeDir | 0o700, c.u.acct.Load().uid, ""})
-	for _, file := range [][2]string{
-		{"/fetch/HEAD", skeletonHead}, {"/read/HEAD", skeletonHead},
-		{"/fetch/config", network}, {"/read/config", config}, {"/fetch/packed-refs", refsText(c.tips)},
-	} {
-		list = append(list, part{file[0], 0o644, os.Geteuid(), file[1]})
-	}
-	return list
 }
 
 // make makes an empty clone.
@@ -217,8 +212,16 @@ func (c *clone) make(ctx context.Context, digits int, filtered bool) error {
 
 // filtered says whether the clone leaves out contents until they are asked for.
 func (c *clone) filtered() bool {
-	data, _ := os.ReadFile(c.dir + "/fetch/config")
-	return bytes.Contains(data, []byte("promisor"))
+	config, _ := os.ReadFile(c.dir + "/config")
+	return bytes.HasSuffix(config, []byte(filteredConfig))
+}
+
+// settings tell git that what a filtered clone lacks is with upstream; see git-partial-clone(7).
+func (c *clone) settings() []string {
+	if !c.filtered() {
+		return nil
+	}
+	return []string{"-c", "remote.origin.promisor=true", "-c", "remote.origin.partialclonefilter=blob:none"}
 }
 
 // sound returns an error unless all parts of the clone are there as we made them for ids of so many digits.
@@ -262,13 +265,11 @@ func (u *upstream) repack(ctx context.Context) {
 		return
 	}
 
-	args := []string{"repack", "-a", "-d", "-n", "-q"}
+	args := append(c.settings(), "repack", "-a", "-d", "-n", "-q")
 	if !c.filtered() {
 		args = append(args, "--keep-unreachable") // of a promisor's objects git keeps all
 	}
-	cmd := c.git(args...)
-	cmd.Env = append(cmd.Env, "GIT_DIR="+c.dir+"/fetch")
-	_, err = runGit(ctx, "repack", cmd, fetchLimit)
+	_, err = runGit(ctx, "repack", c.git(args...), fetchLimit)
 	u.tried["repack"] = tried{time.Now(), err}
 	if err != nil && ctx.Err() == nil {
 		slog.Warn(fmt.Sprintf("%s: %v", redact(u.url), err))
@@ -321,12 +322,12 @@ func (c *clone) fetch(ctx context.Context, limit time.Duration, stdin []byte, ar
 		return fmt.Errorf("statfs %s: %w", c.dir, err)
 	}
 	half := max(1<<20, disk.Bavail*uint64(disk.Bsize)/2)
-	fixed := []string{"fetch", "-q", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no"}
+	fixed := c.settings()
 	if stdin != nil {
-		fixed = append([]string{"-c", "fetch.negotiationAlgorithm=noop"}, fixed...)
+		fixed = append(fixed, "-c", "fetch.negotiationAlgorithm=noop")
 	}
-	cmd := c.u.networkGit(c.dir+"/fetch", append(fixed, args...)...)
-	cmd.Env = append(cmd.Env, "GIT_OBJECT_DIRECTORY="+c.dir+"/objects")
+	fixed = append(fixed, "fetch", "-q", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
+	cmd := c.u.networkGit(c.dir, append(fixed, args...)...)
 	words := &tail{}
 	cmd.Stdin, cmd.Stdout = bytes.NewReader(stdin), words // a shallow upstream is only a warning
 	_, err := c.u.runNetworkGit(ctx, cmd, "fetch", limit, half)
@@ -395,8 +396,7 @@ func (c *clone) fetchBlobs(ctx context.Context, lacks []byte) error {
 }
 
 // objects reads objects by their ids from one git cat-file --batch, and computes each id itself. It never
-// asks upstream (there is no remote in the skeleton that it reads through), sees what a later fetch brings,
-// and is for one goroutine.
+// asks upstream, sees what a later fetch brings, and is for one goroutine.
 type objects struct {
 	c       *clone
 	in, out *os.File
@@ -421,7 +421,7 @@ func (u *upstream) open(ctx context.Context) (*objects, error) {
 }
 
 func (c *clone) open(ctx context.Context) (*objects, error) {
-	if !lexists(c.dir + "/read/config") {
+	if !lexists(c.dir + "/config") {
 		return nil, fmt.Errorf("there is no clone of %s yet", redact(c.u.url))
 	}
 	inRead, in, err := os.Pipe()

@@ -542,17 +542,17 @@ func TestGitDamageHeals(t *testing.T) {
 		{"no objects", remove("/objects")},
 		{"no packs", remove("/objects/pack/*")},
 		{"no idx", remove("/objects/pack/*.idx")},
-		{"no read", remove("/read")},
-		{"empty HEAD", spoil("/fetch/HEAD", "")},
-		{"empty config", spoil("/fetch/config", "")},
-		{"garbage config", spoil("/read/config", "[[[")},
-		{"empty refs", spoil("/fetch/packed-refs", "")},
-		{"dangling ref", spoil("/fetch/refs/x", strings.Repeat("1", 40)+"\n")},
-		{"dangling packed ref", spoil("/fetch/packed-refs", strings.Repeat("1", 40)+" "+tipRef("main")+"\n")},
-		{"another packed ref", spoil("/fetch/packed-refs", strings.Repeat("1", 40)+" refs/ran/x\n")},
-		{"torn packed ref", spoil("/fetch/packed-refs", strings.Repeat("1", 40)+" refs/ti")},
-		{"lock", spoil("/fetch/packed-refs.lock", "")},
-		{"others can write", func(w *gitWorld) error { return os.Chmod(w.u.dir+"/fetch", 0o777) }},
+		{"no config", remove("/config")},
+		{"empty HEAD", spoil("/HEAD", "")},
+		{"empty config", spoil("/config", "")},
+		{"garbage config", spoil("/config", "[[[")},
+		{"empty refs", spoil("/packed-refs", "")},
+		{"dangling ref", spoil("/refs/x", strings.Repeat("1", 40)+"\n")},
+		{"dangling packed ref", spoil("/packed-refs", strings.Repeat("1", 40)+" "+tipRef("main")+"\n")},
+		{"another packed ref", spoil("/packed-refs", strings.Repeat("1", 40)+" refs/ran/x\n")},
+		{"torn packed ref", spoil("/packed-refs", strings.Repeat("1", 40)+" refs/ti")},
+		{"lock", spoil("/packed-refs.lock", "")},
+		{"others can write", func(w *gitWorld) error { return os.Chmod(w.u.dir, 0o777) }},
 		{"another's objects", func(w *gitWorld) error { return os.Chown(w.u.objectsDir(), 65534, 65534) }},
 		{"history lost", func(w *gitWorld) error {
 			before, err := filepath.Glob(w.u.dir + "/objects/*/*")
@@ -672,7 +672,7 @@ func TestGitFalseObjects(t *testing.T) {
 			for _, p := range packs {
 				data, _ := os.ReadFile(p)
 				cmd := exec.Command("git", "unpack-objects", "-q")
-				cmd.Env = append(os.Environ(), "GIT_DIR="+w.u.dir+"/read", "GIT_OBJECT_DIRECTORY="+w.u.objectsDir())
+				cmd.Env = append(os.Environ(), "GIT_DIR="+w.u.dir)
 				cmd.Stdin = bytes.NewReader(data)
 				if out, err := cmd.CombinedOutput(); err != nil {
 					t.Fatal(string(out))
@@ -864,7 +864,7 @@ func (w *gitWorld) bin(name string) string {
 func TestGitLeftovers(t *testing.T) {
 	w := newGitWorld(t)
 	w.look()
-	err := errors.Join(os.WriteFile(w.u.objectsDir()+"/pack/tmp_pack_x", nil, 0o600), os.WriteFile(w.u.dir+"/fetch/packed-refs.lock", nil, 0o600),
+	err := errors.Join(os.WriteFile(w.u.objectsDir()+"/pack/tmp_pack_x", nil, 0o600), os.WriteFile(w.u.dir+"/packed-refs.lock", nil, 0o600),
 		os.Mkdir(w.u.dir+".new", 0o755), os.Rename(w.u.dir, w.u.dir+".old"))
 	if err != nil {
 		t.Fatal(err)
@@ -959,10 +959,10 @@ func TestGitEnvironment(t *testing.T) {
 	t.Setenv("SSL_CERT_FILE", "/certs")
 	u := newUpstream("/s", "ext::touch /tmp/x", "")
 	u.acct.Store(&account{uid: os.Getuid() + 1, home: "/home/x"})
-	cmd := u.networkGit(u.dir+"/fetch", "fetch")
+	cmd := u.networkGit(u.dir, "fetch")
 	env := strings.Join(cmd.Env, "\n") + "\n"
 	for _, want := range []string{
-		"HOME=/home/x", "https_proxy=http://proxy:1", "SSL_CERT_FILE=/certs", "GIT_DIR=" + u.dir + "/fetch", "GIT_CONFIG_GLOBAL=/dev/null",
+		"HOME=/home/x", "https_proxy=http://proxy:1", "SSL_CERT_FILE=/certs", "GIT_DIR=" + u.dir, "GIT_CONFIG_GLOBAL=/dev/null",
 		"GIT_ALLOW_PROTOCOL=https:http:ssh:git:file", "GIT_NO_LAZY_FETCH=1", "ServerAliveCountMax=2 -F /etc/ssh/ssh_config",
 	} {
 		if !strings.Contains(env, want+"\n") {

@@ -177,7 +177,7 @@ func (s *storm) damage() {
 		return nil
 	})
 	if len(objects) == 0 {
-		objects = []string{clone + "/fetch/HEAD"}
+		objects = []string{clone + "/HEAD"}
 	}
 	object := objects[s.moments.IntN(len(objects))]
 
@@ -187,9 +187,9 @@ func (s *storm) damage() {
 	case 1:
 		_ = s.fs.RemoveAll(clone + "/objects")
 	case 2:
-		_ = s.fs.RemoveAll(clone + "/fetch/refs")
+		_ = s.fs.RemoveAll(clone + "/refs")
 	case 3:
-		_ = s.fs.WriteFile(clone+"/fetch/config", []byte("[core"), 0o644)
+		_ = s.fs.WriteFile(clone+"/config", []byte("[core"), 0o644)
 	case 4:
 		_ = s.fs.Remove(object)
 	case 5:

@@ -4,7 +4,7 @@
 //
 //  1. installs the service's package if it is missing (pkg.go),
 //  2. looks at upstream, and fetches what moved into a bare clone that its services share (git.go, clone.go),
-//  3. reads from it, by their hashes, what a commit shows the service: a tree (tree.go, objects.go),
+//  3. reads from it, by their hashes, what a commit shows the service: a tree (tree.go),
 //  4. decides which commit should run, and refuses one that must not (pass.go, check.go),
 //  5. compares that tree with the disk and with the manifest of what it put there (files.go), makes the
 //     difference live path by path, and keeps local edits (publish.go),

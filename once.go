@@ -135,8 +135,12 @@ func borrowClone(objects, dir string) error {
 	if err != nil {
 		return err
 	}
-	for _, name := range []string{"/fetch", "/read"} {
-		err = errors.Join(err, os.CopyFS(dir+name, os.DirFS(filepath.Dir(objects)+name)))
+	err = errors.Join(os.Mkdir(dir, 0o755), os.Mkdir(dir+"/refs", 0o755))
+	for _, name := range []string{"/HEAD", "/config", "/packed-refs"} {
+		text, readErr := os.ReadFile(filepath.Dir(objects) + name)
+		if readErr == nil { // else it is damaged, and so is this one
+			err = errors.Join(err, os.WriteFile(dir+name, text, 0o644))
+		}
 	}
 	owner := fi.Sys().(*syscall.Stat_t)
 	return errors.Join(err, os.Mkdir(dir+"/objects", 0o700), os.Mkdir(dir+"/objects/info", 0o755),

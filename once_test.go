@@ -371,7 +371,7 @@ func TestDryRunOfAHostThatChanged(t *testing.T) {
 			w.commit("etc/app.conf", "two\n")
 		}, "write DIR/local/etc/app.conf (", ""},
 		{"clone is damaged", planBoth, true, func(w *world, _ daemonDir) {
-			os.Remove(w.dir + "/state/upstreams/" + digest(w.spec.upstream, "") + "/fetch/HEAD")
+			os.Remove(w.dir + "/state/upstreams/" + digest(w.spec.upstream, "") + "/HEAD")
 			w.commit("etc/app.conf", "two\n")
 		}, "write DIR/local/etc/app.conf (", ""},
 		{"checkout is lost", planBoth, true, func(w *world, _ daemonDir) {

@@ -124,7 +124,7 @@ func (c *clone) walkTips(ctx context.Context, remote map[string]string) error {
 		err = c.fetchBlobs(ctx, lacks)
 	}
 	if err == nil && !maps.Equal(tips, c.tips) {
-		err = replaceFile(c.dir+"/fetch/packed-refs", []byte(refsText(tips)), 0o644)
+		err = replaceFile(c.dir+"/packed-refs", []byte(refsText(tips)), 0o644)
 	}
 	if err != nil {
 		return err
