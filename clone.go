@@ -284,10 +284,19 @@ func (c *clone) probe(ctx context.Context) error {
 	}
 	args := slices.AppendSeq([]string{"rev-list", "--quiet"}, maps.Values(c.tips))
 	_, err := runGit(ctx, "rev-list", c.git(args...), fetchLimit)
-	if exitCode(err) > 0 || crashed(err) {
+	if errors.As(orDamaged(err), &damaged{}) {
 		return damaged{err}
 	}
 	return nil
+}
+
+// orDamaged returns the error of a git that had nothing to do but to read the clone: damage, where it ended by
+// itself.
+func orDamaged(err error) error {
+	if exitCode(err) == 128 || crashed(err) {
+		return damaged{err}
+	}
+	return err
 }
 
 // crashed says that git was ended by what it read: it maps packs, and one that was cut off is a SIGBUS or
@@ -375,13 +384,16 @@ func (c *clone) missing(ctx context.Context, ids map[string]bool) (lacks []byte,
 	cmd := c.git("cat-file", "--batch-check=%(objectname)")
 	cmd.Stdin = strings.NewReader(strings.Join(slices.Sorted(maps.Keys(ids)), "\n") + "\n")
 	out, err := runGit(ctx, "cat-file", cmd, fetchLimit)
+	if err != nil {
+		return nil, orDamaged(err)
+	}
 	for line := range strings.Lines(string(out)) { // 606eb576..., or 606eb576... missing
 		id, is := strings.CutSuffix(line, " missing\n")
 		if is && ids[id] {
 			lacks = append(lacks, id+"\n"...)
 		}
 	}
-	return lacks, err
+	return lacks, nil
 }
 
 // fetchBlobs fetches the blobs that the clone lacks, in one request.
@@ -557,10 +569,7 @@ func (o *objects) fail(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		select {
 		case end := <-o.ended:
-			err = fmt.Errorf("%w: %w", err, end)
-			if exitCode(end) == 128 {
-				err = damaged{err}
-			}
+			err = fmt.Errorf("%w: %w", err, orDamaged(end))
 		case <-time.After(o.c.u.patience):
 		}
 	}

@@ -407,15 +407,13 @@ func (u *upstream) fetchMissing(ctx context.Context, t tree) error {
 	blobs := map[string]bool{}
 	t.blobs(blobs)
 	lacks, err := c.missing(ctx, blobs)
-	if err != nil || lacks == nil {
-		return err
+	if lacks != nil {
+		if err = u.lockNetwork(ctx); err != nil {
+			return err
+		}
+		defer u.unlockNetwork()
+		err = c.fetchBlobs(ctx, lacks)
 	}
-
-	if err := u.lockNetwork(ctx); err != nil {
-		return err
-	}
-	defer u.unlockNetwork()
-	err = c.fetchBlobs(ctx, lacks)
 	if errors.As(err, &damaged{}) {
 		c.noteDamage(err) // the next look mends it
 	}

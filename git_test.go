@@ -602,16 +602,22 @@ func TestGitDamageHeals(t *testing.T) {
 
 // TestGitCrash: a pack that was cut off can end git by a signal, which is damage like any other.
 func TestGitCrash(t *testing.T) {
-	w := newGitWorld(t)
-	w.look()
-	if err := os.WriteFile(w.u.objectsDir()+"/pack/spoilt", nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	w.commit("etc/app.conf", "two\n")
-	w.counting(`case "$*" in *" fetch "*) [ -e "$GIT_OBJECT_DIRECTORY/pack/spoilt" ] && kill -SEGV $$;; esac`)
-	_ = w.u.lookNow(t.Context(), false)
-	if l := w.u.looked("main"); l.err != nil || w.read("etc/app.conf") != "two\n" {
-		t.Errorf("%+v", l)
+	for _, verb := range []string{"*' fetch '*", "*--batch", "*--batch-check*"} {
+		t.Run(verb, func(t *testing.T) {
+			w := newGitWorld(t)
+			w.look()
+			if err := os.WriteFile(w.u.objectsDir()+"/pack/spoilt", nil, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			w.commit("etc/app.conf", "two\n")
+			w.counting(`case "$*" in ` + verb + `) [ -e "$GIT_DIR/objects/pack/spoilt" ] && kill -SEGV $$;; esac`)
+			for range 2 {
+				_ = w.u.lookNow(t.Context(), false)
+			}
+			if l := w.u.looked("main"); l.err != nil || w.read("etc/app.conf") != "two\n" {
+				t.Errorf("%+v", l)
+			}
+		})
 	}
 }
 

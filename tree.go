@@ -464,13 +464,11 @@ func (u *upstream) history(ctx context.Context, from string, visit func(id strin
 
 	seen := map[string]bool{from: true}
 	queue := []string{from}
-	for len(queue) > 0 {
-		id := queue[0]
-		queue = queue[1:]
-		if !visit(id) {
+	for i := 0; i < len(queue); i++ {
+		if !visit(queue[i]) {
 			return nil
 		}
-		c, err := o.commit(id)
+		c, err := o.commit(queue[i])
 		if err != nil {
 			return err
 		}
