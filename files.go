@@ -454,6 +454,19 @@ func (f *files) probe(top place, want tree) error {
 	return nil
 }
 
+// foldedTwice returns two paths that are one where case does not count, "" where there are none.
+func foldedTwice(want tree) (string, string) {
+	names := map[string]string{}
+	for _, p := range slices.Sorted(maps.Keys(want)) {
+		folded := strings.ToLower(p)
+		if other, ok := names[folded]; ok {
+			return other, p
+		}
+		names[folded] = p
+	}
+	return "", ""
+}
+
 // prepare makes the directory, takes over one of an older gitopper or of another user, and throws away what a
 // killed pass staged. (What one published waits for finish.) known is what the unit was last told of: it
 // stands in for a manifest that was lost.

@@ -397,19 +397,6 @@ func (t tree) blobs(ids map[string]bool) {
 	}
 }
 
-// foldedTwice returns two paths that are one where case does not count, "" where there are none.
-func foldedTwice(want tree) (string, string) {
-	names := map[string]string{}
-	for _, p := range slices.Sorted(maps.Keys(want)) {
-		folded := strings.ToLower(p)
-		if other, ok := names[folded]; ok {
-			return other, p
-		}
-		names[folded] = p
-	}
-	return "", ""
-}
-
 // commitObject is a commit: its text, the id of its tree, its parents, and when it was made; zero where that
 // makes no sense.
 type commitObject struct {
