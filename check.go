@@ -25,39 +25,26 @@ import (
 const (
 	checkLimit  = time.Minute
 	checkMemory = 2 << 30 // bytes that a check's program may have for itself
-	atCwd       = -100    // AT_FDCWD of openat(2)
 )
 
-// view is what a check is to see: every local shows the candidate.
-type view struct {
-	Checkout string   // the service's directory
-	Dirs     []dir    // whose locals show the candidate
-	Gone     []string // paths that the candidate takes away
-	Argv     []string
-}
-
-// checkJob is what a check's child is told on its standard input.
+// checkJob is what a check is to see and to run. Its child is told so on its standard input.
 type checkJob struct {
-	Scratch string   // an empty directory of ours, on which the child mounts a tmpfs
-	Shows   []shown  // what to show where
-	Gone    [][]byte // bytes, for JSON spoils names that are not UTF-8
+	Scratch string  // an empty directory of ours, on which the child mounts a tmpfs
+	Shows   []shown // what to show where
+	Gone    []byte  // paths that the candidate takes away, with NULs between; JSON spoils what is not UTF-8
 	Argv    []string
 }
 
-// runCheck runs v.Argv in a mount and PID namespace of its own, in which every local shows the candidate:
+// runCheck runs j.Argv in a mount and PID namespace of its own, in which every local shows the candidate:
 // what is staged over what is live, less what goes, read-only. The locals must be there, see makeTargets.
 // Other processes see nothing of it; all that it mounts and starts is gone when it ends. A command that does
 // not accept the candidate is a *refusal (Reason check) with its last words, which are private; one that is
 // missing, that ran out of time or that was killed is trouble.
-func runCheck(ctx context.Context, scratch string, v view) error {
-	if err := os.MkdirAll(scratch, 0o700); err != nil {
+func runCheck(ctx context.Context, j checkJob) error {
+	if err := os.MkdirAll(j.Scratch, 0o700); err != nil {
 		return err
 	}
-	job := checkJob{Scratch: scratch, Shows: wantedShows(v.Checkout, v.Dirs), Argv: v.Argv}
-	for _, p := range v.Gone {
-		job.Gone = append(job.Gone, []byte(p))
-	}
-	text, err := json.Marshal(job)
+	text, err := json.Marshal(j)
 	if err != nil {
 		return err
 	}
@@ -78,7 +65,7 @@ func runCheck(ctx context.Context, scratch string, v view) error {
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL,
 	}
-	p := program{name: "check " + v.Argv[0], cmd: cmd, limit: checkLimit, sacrifice: true, private: true}
+	p := program{name: "check " + j.Argv[0], cmd: cmd, limit: checkLimit, sacrifice: true, private: true}
 	_, err = execute(ctx, p)
 	childs.Close()
 
@@ -146,7 +133,7 @@ func (j *checkJob) build() error {
 		err = mountAt("tmpfs", j.Scratch, "tmpfs", syscall.MS_NOSUID, "mode=0700")
 	}
 	if err == nil {
-		err = os.Chdir(j.Scratch) // layers get short names: : and , have a meaning in an overlay's options
+		err = os.Chdir(j.Scratch) // names get short: : and , have a meaning in an overlay's options
 	}
 	if err != nil {
 		return err
@@ -168,76 +155,74 @@ func mountAt(src, at, fstype string, flags uintptr, options string) error {
 	return nil
 }
 
-// show makes one local show the candidate: for a directory by an overlay of what is staged over what is
-// live, in which what goes is then removed, at the cost of what the candidate changes. Sources and target
-// are opened anew here, without following links of the owner's. The child's end closes them.
+// show makes one local show the candidate, read-only: for a directory by an overlay of what is staged over
+// what is live, in which what goes is then removed, at the cost of what the candidate changes. Sources and
+// target are opened anew here, without following links of the owner's. The child's end closes them.
 func (j *checkJob) show(s shown, n string) error {
 	checkout, err := openPlace(s.Checkout)
 	if err != nil {
 		return err
 	}
-	var layers []place
 	staged, err := checkout.below(stageDir + "/" + s.Link)
-	if err == nil {
-		layers = append(layers, staged)
-	} else if !errors.Is(err, fs.ErrNotExist) {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	live, err := checkout.below(s.Link)
-	if err == nil && (live.kind() == syscall.S_IFDIR) == (s.Kind == aDirectory) {
-		layers = append(layers, live)
+	live, _ := checkout.below(s.Link)
+	at, err := openPlace(s.Local)
+	if err != nil {
+		return err
 	}
 
-	if s.Kind == aDirectory {
-		merged, err := overlay(layers, n)
-		if err != nil {
-			return err
-		}
-		layers = []place{merged}
-		if err := j.removeGone(merged, s.Link); err != nil {
-			return err
-		}
-	}
-	if len(layers) == 0 {
-		return fs.ErrNotExist
-	}
-	return showReadOnly(layers[0], s.Local)
-}
-
-// overlay mounts an overlay of the layers, if any, in the directory where we are. It has the attributes of
-// the lowest one. See Documentation/filesystems/overlayfs.rst of Linux.
-func overlay(layers []place, n string) (merged place, err error) {
-	names := []string{"all" + n, "upper" + n, "work" + n, "empty" + n}
-	for i := range layers {
-		names = append(names, fmt.Sprintf("layer%s.%d", n, i))
-	}
-	for _, name := range names {
-		err = errors.Join(err, os.Mkdir(name, 0o755))
-	}
-	for i, layer := range layers {
-		err = errors.Join(err, mountAt(layer.path(), names[4+i], "", syscall.MS_BIND, ""))
-		st, serr := layer.stat()
-		err = errors.Join(err, serr, os.Chown(names[1], int(st.Uid), int(st.Gid)))
-		err = errors.Join(err, syscall.Chmod(names[1], st.Mode&0o7777))
+	fileType := map[kind]uint32{aFile: syscall.S_IFREG, aDirectory: syscall.S_IFDIR}[s.Kind]
+	isOther := func(p place) bool { return p.kind() != fileType }
+	layers := slices.DeleteFunc([]place{staged, live}, isOther)
+	switch {
+	case s.Kind == aDirectory:
+		err = overlay(layers, at, n)
+	case len(layers) == 0:
+		err = fs.ErrNotExist
+	default:
+		err = mountAt(layers[0].path(), at.path(), "", syscall.MS_BIND, "")
 	}
 	if err != nil {
-		return place{-1}, err
+		return err
 	}
+	over, err := openPlace(s.Local)
+	if err == nil {
+		err = j.removeGone(over, s.Link)
+	}
+	if err == nil {
+		err = mountAt("", over.path(), "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, "")
+	}
+	return err
+}
 
-	lower := append(names[4:], names[3]) // at least one is needed
-	options := "lowerdir=" + strings.Join(lower, ":") + ",upperdir=" + names[1] + ",workdir=" + names[2]
-	if err := mountAt("overlay", names[0], "overlay", 0, options); err != nil {
-		return place{-1}, err
+// overlay mounts an overlay of the layers, if any. It has the attributes of the lowest one. See
+// Documentation/filesystems/overlayfs.rst of Linux.
+func overlay(layers []place, at place, n string) (err error) {
+	upper, work, empty := "upper"+n, "work"+n, "empty"+n
+	for _, name := range []string{upper, work, empty} {
+		err = errors.Join(err, os.Mkdir(name, 0o755))
 	}
-	return placeAt(atCwd, names[0])
+	options := "upperdir=" + upper + ",workdir=" + work + ",lowerdir="
+	for _, layer := range layers {
+		st, serr := layer.stat()
+		err = errors.Join(err, serr, os.Chown(upper, int(st.Uid), int(st.Gid)))
+		err = errors.Join(err, syscall.Chmod(upper, st.Mode&0o7777))
+		options += layer.path() + ":"
+	}
+	if err != nil {
+		return err
+	}
+	return mountAt("overlay", at.path(), "overlay", 0, options+empty) // at least one is needed
 }
 
 // removeGone removes what goes from a view of the link, and then the directories that are empty by that:
 // inner ones first, each once, for to look whether it is empty costs what there is in it.
 func (j *checkJob) removeGone(all place, link string) error {
 	goes := map[string]bool{} // false: a directory, if it is empty
-	for _, p := range j.Gone {
-		rel, ok := strings.CutPrefix(string(p), link+"/")
+	for p := range strings.SplitSeq(string(j.Gone), "\x00") {
+		rel, ok := strings.CutPrefix(p, link+"/")
 		if !ok {
 			continue
 		}
@@ -259,32 +244,13 @@ func (j *checkJob) removeGone(all place, link string) error {
 			err = syscall.Unlinkat(dir.fd, path.Base(rel))
 		}
 		dir.close()
-		if err != nil && !mayStay(err) {
+		switch err {
+		case nil, syscall.ENOENT, syscall.ENOTDIR, syscall.ENOTEMPTY: // somebody's own, or more, may stay
+		default:
 			return fmt.Errorf("remove %q from the view: %w", rel, err)
 		}
 	}
 	return nil
-}
-
-// mayStay says of the outcome of a removal that there is nothing, something else, or more in it.
-func mayStay(err error) bool {
-	return slices.Contains([]error{syscall.ENOENT, syscall.ENOTDIR, syscall.ENOTEMPTY}, err)
-}
-
-// showReadOnly makes a local show src, read-only.
-func showReadOnly(src place, local string) error {
-	at, err := openPlace(local)
-	if err != nil {
-		return err
-	}
-	if err := mountAt(src.path(), at.path(), "", syscall.MS_BIND, ""); err != nil {
-		return err
-	}
-	over, err := openPlace(local)
-	if err != nil {
-		return err
-	}
-	return mountAt("", over.path(), "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, "")
 }
 
 // readCandidate reads a file as it would be if the candidate were live.

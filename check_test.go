@@ -18,10 +18,14 @@ import (
 func (w *mountWorld) check(script string, gone ...string) error {
 	w.Helper()
 	w.write("check.sh", "cd "+w.dir+"/local\n"+script)
-	v := view{Checkout: w.checkout, Dirs: w.checkDirs(), Gone: gone}
-	v.Argv = []string{"bash", w.dir + "/check.sh"}
-	w.must(w.table.makeTargets(v.Dirs, account{uid: os.Getuid(), gid: os.Getgid()}, w.save))
-	return runCheck(context.Background(), w.dir+"/scratch", v)
+	w.must(w.table.makeTargets(w.checkDirs(), account{uid: os.Getuid(), gid: os.Getgid()}, w.save))
+	j := w.checkJob("bash", w.dir+"/check.sh")
+	j.Gone = []byte(strings.Join(gone, "\x00"))
+	return runCheck(context.Background(), j)
+}
+
+func (w *mountWorld) checkJob(argv ...string) checkJob {
+	return checkJob{Scratch: w.dir + "/scratch", Shows: wantedShows(w.checkout, w.checkDirs()), Argv: argv}
 }
 
 func (w *mountWorld) checkDirs() []dir {
@@ -106,17 +110,17 @@ func TestCheckTrouble(t *testing.T) {
 	if err == nil || errors.As(err, new(*refusal)) || !strings.Contains(err.Error(), "exit status 137") {
 		t.Errorf("killed: %v", err)
 	}
-	v := view{Checkout: w.checkout, Dirs: w.checkDirs(), Argv: []string{"/nope/check"}}
+	j := w.checkJob("/nope/check")
 	const missing = "/nope/check: no such file or directory: the commit waits"
-	err = runCheck(context.Background(), w.dir+"/scratch", v)
+	err = runCheck(context.Background(), j)
 	if errors.As(err, new(*refusal)) || !strings.Contains(fmt.Sprint(err), missing) {
 		t.Errorf("missing program: %v", err)
 	}
 
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
-	v.Argv = []string{"sleep", "60"}
-	err = runCheck(ctx, w.dir+"/scratch", v)
+	j.Argv = []string{"sleep", "60"}
+	err = runCheck(ctx, j)
 	if !errors.Is(err, context.DeadlineExceeded) || errors.As(err, new(*refusal)) {
 		t.Errorf("ended: %v", err)
 	}

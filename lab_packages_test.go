@@ -23,7 +23,8 @@ type packageFamily struct {
 
 var packageFamilies = []packageFamily{{
 	name: "apt", osRelease: "ID=debian\n", query: "dpkg-query", remove: "dpkg --remove hello",
-	sour: "sour: no licence key; dpkg: error processing package sour (--configure)", big: "No space left on device",
+	sour: "sour: no licence key; dpkg: error processing package sour (--configure)",
+	big:  "No space left on device",
 	repository: `
 control='Package: %s\nVersion: 1\nArchitecture: all\nMaintainer: lab <lab@example.org>\nDescription: lab\n'
 for p in hello sour bitter big; do mkdir -p $p/DEBIAN; printf "$control" $p >$p/DEBIAN/control; done
@@ -47,23 +48,29 @@ echo "deb [trusted=yes] file:$PWD ./" >/etc/apt/sources.list`,
 
 // otherFamilies are tried where there is time to install them.
 var otherFamilies = []packageFamily{{
-	name: "dnf", osRelease: "ID=rocky\nID_LIKE=\"rhel centos fedora\"\n", query: "rpm", remove: "rpm -e hello",
-	tools: "dnf rpm createrepo-c", repository: rpmRepository + "mkdir -p /etc/yum.repos.d\nmv lab.repo /etc/yum.repos.d\n",
-	sour: "sour: no licence key; error: %prein(sour-1-1.noarch) scriptlet failed", big: "No match for argument: big",
+	name: "dnf", osRelease: "ID=rocky\nID_LIKE=\"rhel centos fedora\"\n",
+	query: "rpm", remove: "rpm -e hello", tools: "dnf rpm createrepo-c",
+	repository: rpmRepository + "mkdir -p /etc/yum.repos.d\nmv lab.repo /etc/yum.repos.d\n",
+	sour:       "sour: no licence key; error: %prein(sour-1-1.noarch) scriptlet failed",
+	big:        "No match for argument: big",
 }, {
-	name: "zypper", osRelease: "ID=opensuse-leap\nID_LIKE=\"suse opensuse\"\n", query: "rpm", remove: "rpm -e hello",
-	tools: "zypper rpm createrepo-c", repository: rpmRepository + "mkdir -p /etc/zypp/repos.d\nmv lab.repo /etc/zypp/repos.d\n",
-	sour: "sour: no licence key; error: %prein(sour-1-1.noarch) scriptlet failed", big: "No provider of 'big' found",
+	name: "zypper", osRelease: "ID=opensuse-leap\nID_LIKE=\"suse opensuse\"\n",
+	query: "rpm", remove: "rpm -e hello", tools: "zypper rpm createrepo-c",
+	repository: rpmRepository + "mkdir -p /etc/zypp/repos.d\nmv lab.repo /etc/zypp/repos.d\n",
+	sour:       "sour: no licence key; error: %prein(sour-1-1.noarch) scriptlet failed",
+	big:        "No provider of 'big' found",
 }, {
 	name: "pacman", osRelease: "ID=arch\n", query: "pacman", remove: "pacman -R --noconfirm hello",
 	tools: "pacman-package-manager makepkg fakeroot libarchive-tools",
-	sour:  "sour: no licence key; error: command failed to execute correctly", big: "error: target not found: big",
+	sour:  "sour: no licence key; error: command failed to execute correctly",
+	big:   "error: target not found: big",
 	// The outcome of a package's own script means nothing to pacman, that of a hook does.
 	repository: `
 useradd --create-home --system builder
 for p in hello sour bitter; do
   mkdir $p
-  printf 'pkgname=%s\npkgver=1\npkgrel=1\narch=(any)\npackage() { [[ $pkgname != hello ]] || cp -r /srv/tree/. "$pkgdir"; }\n' $p >$p/PKGBUILD
+  printf 'pkgname=%s\npkgver=1\npkgrel=1\narch=(any)\n' $p >$p/PKGBUILD
+  echo 'package() { [[ $pkgname != hello ]] || cp -r /srv/tree/. "$pkgdir"; }' >>$p/PKGBUILD
 done
 echo 'install=bitter.install' >>bitter/PKGBUILD
 echo 'post_install() { echo bitter; false; }' >bitter/bitter.install
@@ -82,7 +89,8 @@ chown -R builder .
 for p in hello sour bitter; do (cd $p; setpriv --reuid=builder --clear-groups makepkg -d); done
 repo-add lab.db.tar.gz */*.pkg.tar.*
 mv */*.pkg.tar.* .
-printf '[options]\nArchitecture = auto\nSigLevel = Never\n[lab]\nServer = file://%s\n' "$PWD" >/etc/pacman.conf
+printf '[options]\nArchitecture = auto\nSigLevel = Never\n' >/etc/pacman.conf
+printf '[lab]\nServer = file://%s\n' "$PWD" >>/etc/pacman.conf
 pacman -Sy`,
 }}
 
@@ -107,8 +115,8 @@ createrepo_c -q .
 printf '[lab]\nname=lab\nbaseurl=file://%s\ngpgcheck=0\nenabled=1\n' "$PWD" >lab.repo
 `
 
-// Each family's package manager, with a real repository: a package is installed, asked for once, and installed
-// again when it was removed; one that fails says why, and is in no other's way.
+// Each family's package manager, with a real repository: a package is installed, asked for once, and
+// installed again when it was removed; one that fails says why, and is in no other's way.
 func TestLabPackages(t *testing.T) {
 	families := packageFamilies
 	if os.Getenv("GITOPPER_TEST_ALL") != "" {
@@ -122,7 +130,8 @@ func TestLabPackages(t *testing.T) {
 	u.commit(map[string]string{"hello/conf": "0\n"})
 	for _, f := range families {
 		if f.tools != "" {
-			l.run("sh", "-c", "DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "+f.tools)
+			l.run("sh", "-c", "DEBIAN_FRONTEND=noninteractive "+
+				"apt-get install -qq -y --no-install-recommends "+f.tools)
 		}
 	}
 	for i, f := range families {

@@ -99,8 +99,8 @@ dirs = [ { local = "/srv/package", link = "nightly" } ]
 	}
 }
 
-// Daemons of Debian as they come, each of which takes its config in its own way: a firewall that must never be
-// down, two that reload, one that can't, and one that is no unit.
+// Daemons of Debian as they come, each of which takes its config in its own way: a firewall that must never
+// be down, two that reload, one that can't, and one that is no unit.
 func TestLabDaemons(t *testing.T) {
 	l, u := newBareLab(t), newLabUpstream(t)
 	l.firewall()
@@ -120,8 +120,8 @@ func TestLabDaemons(t *testing.T) {
 				" set blocked { type ipv4_addr; elements = { 192.0.2.%d } }\n"+
 				" chain input { type filter hook input priority 0; ip saddr @blocked drop; }\n}\n", version),
 			"cron/probe": fmt.Sprintf("# version %d\n@yearly root true\n", version),
-			"haproxy/haproxy.cfg": fmt.Sprintf("defaults\n mode http\n timeout client 5s\n timeout server 5s\n"+
-				" timeout connect 5s\nfrontend lab\n bind 127.0.0.1:%d\n"+
+			"haproxy/haproxy.cfg": fmt.Sprintf("defaults\n mode http\n timeout client 5s\n"+
+				" timeout server 5s\n timeout connect 5s\nfrontend lab\n bind 127.0.0.1:%d\n"+
 				" http-request return status 200 content-type text/plain string v%d\n", web, version),
 			"unbound/lab.conf": fmt.Sprintf("server:\n local-data: \"web.lab. A 192.0.2.%d\"\n", version),
 			"sudo/ops":         fmt.Sprintf("deputy ALL = NOPASSWD: /bin/echo v%d\n", version),
@@ -197,7 +197,8 @@ dirs = [ { local = "/srv/once", link = "once" } ]
 	}
 	serve(1)
 
-	l.run("nsenter", "--net=/run/firewall", "nft", "add", "element", "inet", "lab", "blocked", "{ 192.0.2.99 }")
+	l.run("nsenter", "--net=/run/firewall", "nft", "add", "element", "inet", "lab", "blocked",
+		"{ 192.0.2.99 }")
 	l.run("systemctl", "start", "guard")
 	labWait(t, time.Minute, "the guard looks", func() error { return l.guarded(1) })
 	before := map[string]string{}
@@ -253,7 +254,8 @@ dirs = [ { local = "/etc/cron.d`, 1))
 func (l *labHost) firewall() {
 	l.write("/run/firewall", "")
 	l.run("unshare", "--net=/run/firewall", "true")
-	l.write("/etc/systemd/system/nftables.service.d/lab.conf", "[Service]\nNetworkNamespacePath=/run/firewall\n")
+	l.write("/etc/systemd/system/nftables.service.d/lab.conf",
+		"[Service]\nNetworkNamespacePath=/run/firewall\n")
 	l.write("/usr/local/bin/guard", `#!/bin/sh
 while nft list set inet lab blocked | grep -q 192.0.2.99; do echo >>/run/guard.looks; done
 echo "after $(wc -l </run/guard.looks) looks the address was not blocked" >/run/guard.gone
@@ -346,7 +348,8 @@ echo $1 >>/run/oldie
 `
 	l.unit("app.service", "[Unit]\nAfter=gitopper.service\n[Service]\nExecStart=sleep infinity\n"+
 		"[Install]\nWantedBy=multi-user.target\n")
-	first := u.commit(map[string]string{"oldie/conf": "1\n", "app/env.conf": "[Service]\nEnvironment=FROM=git\n",
+	first := u.commit(map[string]string{"oldie/conf": "1\n",
+		"app/env.conf":    "[Service]\nEnvironment=FROM=git\n",
 		"own/own.service": "[Service]\nExecStart=sleep infinity\n"})
 	const rest = `
 settle = "100ms"

@@ -375,8 +375,9 @@ func (s *Service) precheck(ctx context.Context, c *candidate) error {
 	}
 	s.step("check")
 	s.within(checkLimit)
-	err := runCheck(ctx, filepath.Join(s.stateDir, "check", s.service),
-		view{Checkout: s.files.dir, Dirs: s.dirs, Gone: c.diff.gone, Argv: s.check})
+	err := runCheck(ctx, checkJob{
+		Scratch: filepath.Join(s.stateDir, "check", s.service), Shows: wantedShows(s.files.dir, s.dirs),
+		Gone: []byte(strings.Join(c.diff.gone, "\x00")), Argv: s.check})
 	if f := (*refusal)(nil); errors.As(err, &f) {
 		f.Info = fmt.Sprintf("commit %.8s: %s", c.Commit, f.Info)
 	}

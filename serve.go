@@ -109,7 +109,7 @@ func (s *Service) stillUp(ctx context.Context) error {
 	wasSeen := u == nil || u.at.Before(s.facts.seenAt) || hadTrouble && u.at.Equal(s.facts.seenAt)
 	if wasSeen || !u.well(s.action) {
 		now, err := showUnit(ctx, s.service)
-		isUnknown := err == nil && now.is["LoadState"] == "not-found"
+		isUnknown := err == nil && now.says("LoadState", "not-found")
 		if isUnknown && s.plan == nil { // it may have been installed anew
 			now, err = loadUnit(ctx, s.service, true)
 		}

@@ -32,8 +32,9 @@ type unit struct {
 	at        time.Time // when systemd was asked
 }
 
-const shownProperties = "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload,CanReload," +
-	"InvocationID,NRestarts,MainPID,ExecMainCode,ExecMainStatus,Job,TriggeredBy,UnitFileState," + enteredActive
+const shownProperties = "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload," +
+	"CanReload,InvocationID,NRestarts,MainPID,ExecMainCode,ExecMainStatus,Job,TriggeredBy,UnitFileState," +
+	enteredActive
 
 const enteredActive = "ActiveEnterTimestampMonotonic" // in microseconds; 0: not in this boot
 
@@ -124,7 +125,7 @@ func show(ctx context.Context, names ...string) ([]unit, error) {
 	if len(units) != len(names)+1 || slices.ContainsFunc(units, isNone) {
 		return nil, fmt.Errorf("systemctl show: asked for %d units, got %q", len(names), out)
 	}
-	if shutdown := units[len(names)]; shutdown.running() || shutdown.is["Job"] != "" {
+	if shutdown := units[len(names)]; shutdown.running() || !shutdown.says("Job", "") {
 		return nil, errShutdown
 	}
 	return units[:len(names)], nil
@@ -149,30 +150,31 @@ func (u *unit) since() time.Duration {
 	return time.Duration(microseconds) * time.Microsecond
 }
 
-// down says whether the unit neither runs nor is on its way to.
-func (u *unit) down() bool {
-	return u.is["ActiveState"] == "inactive" || u.is["ActiveState"] == "failed"
+// says whether systemd says one of these values of a property.
+func (u *unit) says(property string, values ...string) bool {
+	return slices.Contains(values, u.is[property])
 }
 
+// down says whether the unit neither runs nor is on its way to.
+func (u *unit) down() bool { return u.says("ActiveState", "inactive", "failed") }
+
 // running says whether the unit is there to be told of changed files.
-func (u *unit) running() bool {
-	return u.is["ActiveState"] == "active" || u.is["ActiveState"] == "reloading"
-}
+func (u *unit) running() bool { return u.says("ActiveState", "active", "reloading") }
 
 // stopped says whether the unit was stopped, or ended by itself, without a failure and for now.
 func (u *unit) stopped() bool {
-	isWell := u.is["Result"] == "success" && u.is["Job"] == ""
-	return u.is["ActiveState"] == "inactive" && isWell
+	isWell := u.says("Result", "success") && u.says("Job", "")
+	return u.says("ActiveState", "inactive") && isWell
 }
 
 // up says whether a unit runs as it should: active; or a oneshot that ended well; or waiting to be triggered.
 func (u *unit) up() bool {
-	oneshot := u.is["Type"] == "oneshot"
+	oneshot := u.says("Type", "oneshot")
 	switch u.is["ActiveState"] {
 	case "inactive":
-		return u.triggered || oneshot && u.is["Result"] == "success"
+		return u.triggered || oneshot && u.says("Result", "success")
 	case "activating":
-		return oneshot && u.is["SubState"] != "auto-restart" // its timer or socket has it at work
+		return oneshot && !u.says("SubState", "auto-restart") // its timer or socket has it at work
 	}
 	return u.running()
 }
@@ -180,7 +182,7 @@ func (u *unit) up() bool {
 // well is up for a unit that action is done to: one that is to be stopped is well when it is down.
 func (u *unit) well(action string) bool {
 	if action == "stop" {
-		return u.is["ActiveState"] == "inactive"
+		return u.says("ActiveState", "inactive")
 	}
 	return u.up()
 }
@@ -190,21 +192,21 @@ func (u *unit) describe() string {
 	switch u.is["LoadState"] {
 	case "loaded":
 	case "not-found":
-		return fmt.Sprintf("unit %s does not exist: name the package that brings it, or mend service", u.is["Id"])
-	default:
-		_, why, _ := strings.Cut(u.is["LoadError"], " ") // org.freedesktop.systemd1.UnitMasked "Unit x is masked."
+		return "unit " + u.is["Id"] + " does not exist: name the package that brings it, or mend service"
+	default: // org.freedesktop.systemd1.UnitMasked "Unit x is masked."
+		_, why, _ := strings.Cut(u.is["LoadError"], " ")
 		return fmt.Sprintf("unit %s is %s: %s", u.is["Id"], u.is["LoadState"], why)
 	}
 
 	s := fmt.Sprintf("unit %s is %s (%s", u.is["Id"], u.is["ActiveState"], u.is["SubState"])
-	if u.is["Result"] != "" && u.is["Result"] != "success" {
+	if !u.says("Result", "", "success") {
 		s += ", " + u.is["Result"]
 	}
-	switch status := u.is["ExecMainStatus"]; {
-	case u.is["ExecMainCode"] == "2", u.is["ExecMainCode"] == "3": // CLD_KILLED and CLD_DUMPED of waitid(2)
-		s += ", main process killed by " + signalName(status)
-	case status != "" && status != "0":
-		s += ", main process ended with status " + status
+	switch {
+	case u.says("ExecMainCode", "2", "3"): // CLD_KILLED and CLD_DUMPED of waitid(2)
+		s += ", main process killed by " + signalName(u.is["ExecMainStatus"])
+	case !u.says("ExecMainStatus", "", "0"):
+		s += ", main process ended with status " + u.is["ExecMainStatus"]
 	}
 	return s + ")"
 }
@@ -244,7 +246,7 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 	if err != nil {
 		return "", err
 	}
-	if u.is["LoadState"] != "loaded" {
+	if !u.says("LoadState", "loaded") {
 		return "", errors.New(u.describe())
 	}
 	if isDisabled(name, &u) {
@@ -252,10 +254,10 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 			return "", err
 		}
 	}
-	if u.is["ActiveState"] == "reloading" { // an action of ours was killed, and the next would wait behind it
+	if u.says("ActiveState", "reloading") { // an action of ours was killed, and the next would wait behind it
 		_ = cancelJob(ctx, name)
 	}
-	if u.is["ActiveState"] == "failed" || u.is["SubState"] == "auto-restart" {
+	if u.says("ActiveState", "failed") || u.says("SubState", "auto-restart") {
 		if _, err := systemctl(ctx, localLimit, "reset-failed", "--", name); err != nil {
 			return "", err
 		}
@@ -277,9 +279,8 @@ func loadUnit(ctx context.Context, name string, reload bool) (unit, error) {
 	u, err := showUnit(ctx, name)
 	// NeedDaemonReload alone doesn't tell: it stays no when the file mounted in place of the loaded one is
 	// older, and for a unit that was just installed, or that a generator makes.
-	isKnown := slices.Contains([]string{"loaded", "masked"}, u.is["LoadState"])
-	isStale := reload || u.is["NeedDaemonReload"] == "yes" || !isKnown
-	if err != nil || !isStale {
+	isStale := u.says("NeedDaemonReload", "yes") || !u.says("LoadState", "loaded", "masked")
+	if err != nil || !isStale && !reload {
 		return u, err
 	}
 	if err := daemonReload(ctx); err != nil {
@@ -288,14 +289,14 @@ func loadUnit(ctx context.Context, name string, reload bool) (unit, error) {
 	return showUnit(ctx, name)
 }
 
-// isDisabled says whether the unit is a template's instance that is to be enabled, for nobody decided otherwise.
+// isDisabled says whether the unit is a template's instance that is to be enabled.
 func isDisabled(name string, u *unit) bool {
-	return strings.Contains(name, "@") && u.is["UnitFileState"] == "disabled"
+	return strings.Contains(name, "@") && u.says("UnitFileState", "disabled")
 }
 
 // verbFor is the systemctl verb that makes u run with today's files: action where that can be done.
 func verbFor(u *unit, action string) (string, error) {
-	oneshot := u.is["Type"] == "oneshot"
+	oneshot := u.says("Type", "oneshot")
 	switch {
 	case action == "stop":
 		return action, nil
@@ -305,7 +306,7 @@ func verbFor(u *unit, action string) (string, error) {
 		return "start", nil
 	case oneshot && action == "kill": // there is no process
 		return "restart", nil
-	case action != "reload" || u.is["CanReload"] == "yes": // others than reload know themselves what a unit can
+	case action != "reload", u.says("CanReload", "yes"): // others than reload know themselves what a unit can
 		return action, nil
 	case oneshot:
 		return "restart", nil
@@ -349,9 +350,10 @@ func cancelJob(ctx context.Context, name string) error {
 // lastWords returns what the unit's processes last said to the journal since start, and what systemd said of
 // their end: private, ready to be put behind an error.
 func lastWords(ctx context.Context, id string, start time.Time) string {
-	const processExit = "MESSAGE_ID=98e322203f7a4ed290d09fe03c09fe15" // of systemd, see journalctl(1), --catalog
-	cmd := exec.Command("journalctl", "-q", "--no-pager", "-o", "cat", "-n", "5", "--since",
-		fmt.Sprintf("@%.6f", float64(start.UnixMicro())/1e6), "_SYSTEMD_UNIT="+id, "+", "_PID=1", "UNIT="+id, processExit)
+	const processExit = "MESSAGE_ID=98e322203f7a4ed290d09fe03c09fe15" // see journalctl --dump-catalog
+	since := fmt.Sprintf("--since=@%.6f", float64(start.UnixMicro())/1e6)
+	cmd := exec.Command("journalctl", "-q", "--no-pager", "-o", "cat", "-n", "5", since,
+		"_SYSTEMD_UNIT="+id, "+", "_PID=1", "UNIT="+id, processExit)
 	out, err := execute(ctx, program{name: "journalctl", cmd: cmd, limit: 10 * time.Second})
 	words := redact(unmark(oneLine(string(out))))
 	if err != nil || words == "" {
@@ -406,10 +408,10 @@ func settle(ctx context.Context, name, action string, watch time.Duration) (u un
 // restartedSince says whether the unit restarted by itself since it was as before (the zero unit: not known).
 // One of Type=simple counts as active the moment it is started: a crash loop shows by this alone.
 func (u *unit) restartedSince(before *unit) bool {
-	counted := before.is["NRestarts"] != "" && u.is["NRestarts"] != before.is["NRestarts"]
+	counted := !before.says("NRestarts", "", u.is["NRestarts"])
 	// What starts a unit that was down, or a oneshot, is no crash, but a socket or timer.
-	ran := before.running() && u.is["Type"] != "oneshot"
-	return counted || ran && u.is["InvocationID"] != before.is["InvocationID"]
+	ran := before.running() && !u.says("Type", "oneshot")
+	return counted || ran && !u.says("InvocationID", before.is["InvocationID"])
 }
 
 // seesOld says whether the unit's main process, in a mount namespace of its own, does not see the file or
