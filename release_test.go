@@ -93,6 +93,7 @@ func TestRelease(t *testing.T) {
 	if os.Getenv("GITOPPER_TEST_ALL") == "" {
 		return
 	}
+	t.Parallel()
 	var sums []string
 	dir := t.TempDir()
 	for _, name := range []string{"first", "second"} {

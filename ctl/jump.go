@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"os/exec"
 	"strings"
 	"time"
@@ -50,25 +51,31 @@ func through(ctx context.Context, bastion string) way {
 	ssh := func(_ context.Context, addr string) (net.Conn, error) {
 		ours, theirs := net.Pipe()
 		j := &jump{ours, make(chan error, 1)}
-		var said bytes.Buffer
+		ctx, end := context.WithCancel(ctx)
 		cmd := exec.CommandContext(ctx, "ssh", "-W", addr, "--", bastion)
+		// A prompt puts the terminal right when it is interrupted. What does not end then is killed.
+		cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+		cmd.WaitDelay = time.Second
+		var said bytes.Buffer
 		cmd.Stdout, cmd.Stderr = theirs, &said
 		in, _ := cmd.StdinPipe() // can't fail before the start
 		if err := cmd.Start(); err != nil {
+			end()
 			return nil, fmt.Errorf("bastion %s: %w: -J needs OpenSSH's ssh", bastion, err)
 		}
 
 		go func() {
 			io.Copy(in, theirs)
-			cmd.Process.Kill() // we have closed our end
+			end() // we have closed our end
 		}()
 		go func() {
-			cmd.Wait()
-			theirs.Close()
-			if cmd.ProcessState.ExitCode() > 0 { // it has not been killed
+			err := cmd.Wait()
+			byItself := ctx.Err() == nil
+			if err != nil && byItself {
 				j.trouble <- fmt.Errorf("bastion %s: %s", bastion, lastWords(said.String()))
 			}
 			close(j.trouble)
+			theirs.Close()
 		}()
 		return j, nil
 	}

@@ -140,10 +140,11 @@ func TestBastion(t *testing.T) {
 	}
 }
 
-// A bastion that does not answer is given up, and so is the child.
+// A bastion that does not answer is given up, and so is the child, which is asked to end first: it may stand at a
+// prompt, and then has to put the terminal right.
 func TestBastionHangs(t *testing.T) {
 	dir := t.TempDir()
-	writeFile(t, dir+"/ssh", "#!/bin/sh\necho $$ >"+dir+"/pid\nexec sleep 1000\n")
+	writeFile(t, dir+"/ssh", "#!/bin/sh\necho $$ >"+dir+"/pid\ntrap 'echo >"+dir+"/asked; exit 255' INT\nwhile :; do sleep 0.05; done\n")
 	if err := os.Chmod(dir+"/ssh", 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -163,6 +164,9 @@ func TestBastionHangs(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("the child is still there")
 		}
+	}
+	if !exists(dir + "/asked") {
+		t.Error("the child was killed at once")
 	}
 }
 
