@@ -190,7 +190,7 @@ func (p *parser) parse() {
 	p.conflicts()
 }
 
-// defaults reads [global], and judges its defaults as those of an entry that lacks nothing.
+// defaults reads [global], and validates its defaults as those of an entry that lacks nothing.
 func (p *parser) defaults(global toml.Primitive, s *spec) {
 	where := spot{"[global]", "global."}
 	var keys []toml.Primitive

@@ -99,6 +99,9 @@ func dryRun(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		fmt.Fprintf(stderr, "gitopper: %s\n", w)
 	}
 	p, err := a.plan(ctx, c, scratch)
+	if ctx.Err() != nil {
+		err = errors.New("ended before all was compared")
+	}
 	for _, line := range p.lines {
 		fmt.Fprintln(stdout, line)
 	}
@@ -175,7 +178,7 @@ func (a *agent) plan(ctx context.Context, c *config, scratch string) (p *plan, e
 	mine := *c
 	mine.services = slices.Clone(c.services)
 	for i := range mine.services {
-		mine.services[i].imagineUser(ctx)
+		mine.services[i].imagine(ctx)
 	}
 	services, upstreams := a.assemble(&mine, scratch)
 	lookAtAll(ctx, upstreams)
@@ -195,15 +198,23 @@ func (a *agent) plan(ctx context.Context, c *config, scratch string) (p *plan, e
 	return p, err
 }
 
-// imagineUser makes ourselves stand in for a user whom a package is yet to bring.
-func (s *spec) imagineUser(ctx context.Context) {
+// imagine makes ourselves stand in for a user and groups that a package is yet to bring.
+func (s *spec) imagine(ctx context.Context) {
 	if s.pkg == "" {
 		return
 	}
-	_, unknown := lookupAccount(ctx, s.user)
 	there, err := (&packageCheck{}).has(ctx, s.pkg)
-	if unknown != nil && err == nil && !there {
+	if err != nil || there {
+		return
+	}
+	if _, err := lookupAccount(ctx, s.user); err != nil {
 		s.user = ""
+	}
+	s.dirs = slices.Clone(s.dirs)
+	for i := range s.dirs {
+		if _, err := groupIDs(ctx, s.dirs[i:i+1]); err != nil {
+			s.dirs[i].group = ""
+		}
 	}
 }
 
@@ -334,33 +345,17 @@ func (s *Service) planBring(ctx context.Context, c *candidate) error {
 	if err := s.planKept(ctx, c); err != nil {
 		return err
 	}
-	for _, p := range c.diff.put {
-		if _, isFile := c.want[p]; isFile {
-			s.plan.add("write %s (%.8s)", s.seenAt(p), c.Commit)
-		}
-	}
-	for _, p := range c.diff.gone {
-		s.plan.add("remove %s", s.seenAt(p))
-	}
+	isDir := func(p string) bool { return c.want[p] == blob{} } // a link's own
+	written := slices.DeleteFunc(slices.Clone(c.diff.put), isDir)
+	s.planPaths(fmt.Sprintf("write %%s (%.8s)", c.Commit), written)
+	s.planPaths("remove %s", c.diff.gone)
+	s.planPaths("set mode and group of %s", c.diff.modes)
 
-	for _, p := range c.diff.modes {
-		s.plan.add("set mode and group of %s", s.seenAt(p))
+	mounts, err := s.planMounts(c.diff.put)
+	if err != nil {
+		return brokenError{err}
 	}
-
-	changed := c.diff.changes() > 0
-	for _, d := range s.dirs {
-		isNew := slices.Contains(c.diff.put, d.link) && d.local != ""
-		if !isNew && !s.showsWrong(d) {
-			continue
-		}
-		hidden, err := s.hides(d)
-		if err != nil {
-			return brokenError{fmt.Errorf("mount %q on %s: %w", d.link, d.local, err)}
-		}
-		s.plan.add("mount %s on %s%s", d.link, d.local, hidden)
-		changed = true
-	}
-	if changed {
+	if mounts+c.diff.changes() > 0 {
 		s.untell()
 	}
 	if s.action == "" {
@@ -370,6 +365,29 @@ func (s *Service) planBring(ctx context.Context, c *candidate) error {
 		return brokenError{err}
 	}
 	return nil
+}
+
+func (s *Service) planPaths(words string, paths []string) {
+	for _, p := range paths {
+		s.plan.add(words, s.seenAt(p))
+	}
+}
+
+// planMounts stands for making every local show its link, after put went live, and tells how many do not yet.
+func (s *Service) planMounts(put []string) (mounts int, err error) {
+	for _, d := range s.dirs {
+		isNew := slices.Contains(put, d.link)
+		if d.local == "" || !isNew && !s.showsWrong(d) {
+			continue
+		}
+		hidden, err := s.hides(d)
+		if err != nil {
+			return mounts, fmt.Errorf("mount %q on %s: %w", d.link, d.local, err)
+		}
+		s.plan.add("mount %s on %s%s", d.link, d.local, hidden)
+		mounts++
+	}
+	return mounts, nil
 }
 
 // planServe stands for telling the unit of content, if that is news to it.
@@ -462,13 +480,12 @@ func (s *Service) hides(d dir) (words string, err error) {
 	}
 	t := &s.rec.Mounts
 	top := visible(mounts, resolve(d.local))
-	isOurs := top != nil && slices.Contains(t.own(mounts, nil), *top) || slices.Contains(t.Made, d.local)
-	fi, err := os.Stat(d.local)
-	if err != nil || isOurs {
+	isOurs := top != nil && slices.Contains(t.own(mounts, nil), *top)
+	fi, missing := os.Stat(d.local)
+	switch names, notDir := os.ReadDir(d.local); {
+	case isOurs, missing != nil, slices.Contains(t.Made, d.local):
 		return "", nil
-	}
-	names, _ := os.ReadDir(d.local)
-	if fi.IsDir() && len(names) == 0 {
+	case notDir == nil && len(names) == 0:
 		return "", nil
 	}
 	return ", over what is there", fits(fi.IsDir(), d.kind, d.local)

@@ -416,7 +416,8 @@ func TestDryRunBesideADaemon(t *testing.T) {
 func TestDryRunOfAnInstall(t *testing.T) {
 	w, d := daemonWorld(t)
 	packages := newFakePackages(t)
-	d.configure(planEtc + "package = 'web'\nuser = 'no-such-user'\n")
+	d.configure("dirs = [{local = 'DIR/local/etc', link = 'etc', group = 'no-such-group'}]\n" +
+		"package = 'web'\nuser = 'no-such-user'\n")
 	plan, stderr := d.dryRuns(3)
 	want := "install web\nwrite " + w.dir + "/local/etc/app.conf ("
 	if !strings.HasPrefix(plan, want) || stderr != "" || !strings.Contains(plan, "\nreload svc.service\n") {

@@ -516,7 +516,7 @@ func (s *Service) onTrial(ctx context.Context, v version, err error) bool {
 func (s *Service) takeBack(ctx context.Context, v version, cause error, out *outcome) {
 	good, err := s.today(ctx, s.rec.Good, s.files.live())
 	if err == nil {
-		f := refusal{version: v, Judge: s.judge("fallback"), Reason: "fallback", Info: oneLine(fmt.Sprintf(
+		f := refusal{version: v, Criteria: s.criteria("fallback"), Reason: "fallback", Info: oneLine(fmt.Sprintf(
 			"commit %.8s taken back, %.8s runs; with %.8s: %v", v.Commit, good.Commit, v.Commit, cause))}
 		s.rec.Suspect, s.rec.Good = &suspect{refusal: f}, good
 		s.noteOutcome("taken back: " + oneLine(cause.Error()))

@@ -408,7 +408,7 @@ type sorter struct {
 func (s *sorter) all(ctx context.Context) error {
 	if _, err := s.ours.lstat(lookedAt); err == nil { // we were killed, and don't know what its name was
 		any := slices.Concat(slices.Collect(maps.Values(s.f.m.known))...)
-		if err := s.judge(ctx, lookedAt, any); err != nil {
+		if err := s.discardOrKeep(ctx, lookedAt, any); err != nil {
 			return err
 		}
 	}
@@ -455,7 +455,7 @@ func (s *sorter) one(ctx context.Context, dir place, name, p string) error {
 		if err := renameat2(dir, name, s.ours, lookedAt, 0); err != nil {
 			return err
 		}
-		return s.judge(ctx, p, known)
+		return s.discardOrKeep(ctx, p, known)
 	case len(known) > 0, anyBelow(s.f.m.paths, p):
 		if err := s.empty(ctx, dir, name, p); err == nil || ctx.Err() != nil {
 			return err
@@ -464,8 +464,8 @@ func (s *sorter) one(ctx context.Context, dir place, name, p string) error {
 	return s.keep(dir, name, p)
 }
 
-// judge throws away what is looked at if it is ours, and keeps it as p if it is not.
-func (s *sorter) judge(ctx context.Context, p string, known []noted) error {
+// discardOrKeep throws away what is looked at if it is ours, and keeps it as p if it is not.
+func (s *sorter) discardOrKeep(ctx context.Context, p string, known []noted) error {
 	if s.f.throwAway(ctx, s.ours, lookedAt, known) || ctx.Err() != nil {
 		return ctx.Err()
 	}

@@ -101,9 +101,11 @@ type pin struct {
 // refusal is why a commit does not go live, or was taken back. It is an error.
 type refusal struct {
 	version
-	Judge  string // a digest of what else decided; the same content is judged anew when that has changed
 	Reason string // link, signers, check, config or fallback
 	Info   string // in words; may hold private ones, see quote
+
+	// A digest of what else decided: the same content is judged anew when that has changed.
+	Criteria string `json:"Judge"`
 }
 
 func (r *refusal) Error() string { return r.Info }
@@ -465,8 +467,8 @@ func someOf(names []string) string {
 	return text
 }
 
-// judge names everything but the commit that decides whether it is refused for reason.
-func (s *Service) judge(reason string) string {
+// criteria names everything but the commit that decides whether it is refused for reason.
+func (s *Service) criteria(reason string) string {
 	if reason != "signers" {
 		return digest(fmt.Sprint(s.check, s.action, s.dirs))
 	}
@@ -490,7 +492,7 @@ func (s *Service) refused(v version) *refusal {
 		case "config": // what decided is our own binary, and files outside the repository: it is judged anew
 			same = false
 		}
-		if same && f.Judge == s.judge(f.Reason) {
+		if same && f.Criteria == s.criteria(f.Reason) {
 			return &f
 		}
 	}
@@ -499,12 +501,12 @@ func (s *Service) refused(v version) *refusal {
 
 // refuse remembers that a version does not go live: the one place that does, whatever refused it.
 func (s *Service) refuse(v version, f *refusal) *refusal {
-	f.Commit, f.Info, f.Judge = v.Commit, oneLine(f.Info), s.judge(f.Reason)
+	f.Commit, f.Info, f.Criteria = v.Commit, oneLine(f.Info), s.criteria(f.Reason)
 	if f.Content = cmp.Or(v.Content, f.Content); f.Reason == "signers" {
 		f.Content = ""
 	}
 	isSame := func(o refusal) bool {
-		return o.Content == f.Content && o.Judge == f.Judge && o.Reason == f.Reason &&
+		return o.Content == f.Content && o.Criteria == f.Criteria && o.Reason == f.Reason &&
 			(f.Content != "" || o.Commit == f.Commit)
 	}
 	if i := slices.IndexFunc(s.rec.Refused, isSame); i >= 0 {
