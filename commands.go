@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -210,45 +211,32 @@ func date(t time.Time) string {
 	return t.UTC().Format(time.RFC1123)
 }
 
-// change has a service do something, and logs what came of it. The answer is the service's row, also where
-// what was asked for was carried out, though not with the outcome that was hoped for.
+// change has a service do something, also if the client hangs up, and logs what came of it. The answer is the
+// service's row, also where what was asked for was carried out, though not with the outcome that was hoped for.
 func (s *sshServer) change(ctx context.Context, c *sshConn, words []string, step func(string)) (any, error) {
-	err := s.carryOut(ctx, c, words, step)
+	svc, err := s.service(words[1])
+	o, wrong := parseOp(words, time.Now())
+	if err = cmp.Or(err, wrong); err == nil {
+		o.who, o.step = fmt.Sprintf("%s (%s@%s)", c.who.comment, c.who.user, c.from), step
+		c.busy(ctx, 1)
+		err = s.do(svc, ctx, o)
+		c.busy(ctx, -1)
+	}
 
-	what, result := strings.TrimPrefix(words[0], "/do/"), "ok"
+	what, result, isDone := o.verb, "ok", true
 	if len(words) > 2 {
 		what += fmt.Sprintf(" %q", strings.Join(words[2:], " "))
 	}
 	if err != nil {
-		result = errorLine(err, true)
+		oe, _ := errors.AsType[*opError](err)
+		result, isDone = errorLine(err, true), oe != nil && oe.done
 	}
 	slog.Info(fmt.Sprintf("%s: %s by %s: %s", words[1], what, c, result))
-
-	if oe, ok := errors.AsType[*opError](err); ok && oe.done {
-		answer, _ := s.listServices(ctx, c, words[:2], nil) // the service is there
-		return answer, err
-	} else if err != nil {
+	if !isDone {
 		return nil, err
 	}
-	return s.listServices(ctx, c, words[:2], nil)
-}
-
-// carryOut does not stop when the client hangs up: what was asked for is done or fails, and the log says
-// which.
-func (s *sshServer) carryOut(ctx context.Context, c *sshConn, words []string, step func(string)) error {
-	svc, err := s.service(words[1])
-	if err != nil {
-		return err
-	}
-	o, err := parseOp(words, time.Now())
-	if err != nil {
-		return err
-	}
-
-	o.who, o.step = fmt.Sprintf("%s (%s@%s)", c.who.comment, c.who.user, c.from), step
-	c.busy(ctx, 1)
-	defer c.busy(ctx, -1)
-	return s.do(svc, ctx, o)
+	answer, _ := s.listServices(ctx, c, words[:2], nil) // the service is there
+	return answer, err
 }
 
 // parseOp reads the words of a /do/ command, whose number is right.
