@@ -4,6 +4,9 @@ package main
 
 import (
 	"cmp"
+	"fmt"
+	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"syscall"
@@ -236,4 +239,85 @@ func TestBootWhileFilesAreAway(t *testing.T) {
 		w.reconcile()
 		w.shows("local/other/file", "x\n")
 	})
+}
+
+// TestSignersCantBeAsked: what the host lacks for signers is told with the way out, and refuses nothing.
+func TestSignersCantBeAsked(t *testing.T) {
+	for _, tc := range []struct{ name, told, keygen string }{
+		{"no file", "no such file or directory: put the file there", ""},
+		{"no program", "install it (Debian: openssh-client)", "gone"},
+		{"OpenSSH 7.9", "install it (Debian: openssh-client)",
+			"#!/bin/sh\necho unknown option -- Y >&2\necho 'usage: ssh-keygen [-q] [-b bits]' >&2\nexit 1\n"},
+		{"OpenSSH 8.1", "install it (Debian: openssh-client)",
+			"#!/bin/sh\necho 'Unsupported operation for -Y: \"find-principals\"' >&2\n" +
+				"echo 'usage: ssh-keygen [-q] [-b bits]' >&2\nexit 1\n"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := okWorld(t)
+			commit := w.signed()
+			commit(true, "etc/app.conf", "two\n")
+			switch tc.keygen {
+			case "":
+				if err := os.Remove(w.dir + "/signers"); err != nil {
+					t.Fatal(err)
+				}
+			case "gone": // there is git, and nothing else
+				git, err := exec.LookPath("git")
+				if err = cmp.Or(err, os.Symlink(git, w.dir+"/bin/git")); err != nil {
+					t.Fatal(err)
+				}
+				t.Setenv("PATH", w.dir+"/bin")
+			default:
+				w.write("bin/ssh-keygen", tc.keygen)
+				w.run("chmod", "+x", w.dir+"/bin/ssh-keygen")
+			}
+			for range 2 {
+				w.reconcile()
+				w.want("DIFF", tc.told, "one\n", "")
+			}
+		})
+	}
+}
+
+// TestSignersEndNobody: nor does it end the daemon, also with -r, or another service.
+func TestSignersEndNobody(t *testing.T) {
+	w, d := daemonWorld(t)
+	other := fmt.Sprintf("[[services]]\nmachine = 'm'\nservice = 'other'\nupstream = 'file://%[1]s/up.git'\n"+
+		"dirs = [{local = '%[1]s/local/other', link = 'other'}]\n", w.dir)
+	d.write("c.toml", d.svc("signers = '/nope'\n")+other)
+	r := start(t, "-r", "-t", "100ms", "-c", d.file)
+	r.ready()
+	r.logs("signers: stat /nope: no such file or directory: put the file there")
+	r.metrics(`gitopper_service_state{service="svc"} 4`, `gitopper_service_state{service="other"} 0`, "gitopper_config_ok 1")
+	w.commit("other/file", "new\n")
+	eventually(t, "other goes on", func() bool { return w.read("local/other/file") == "new\n" })
+	d.write("c.toml", d.svc("")+other)
+	r.ends(2)
+}
+
+// TestOnceWithWrongConfig: the one that was last right does its work, and the status says what is to be mended.
+func TestOnceWithWrongConfig(t *testing.T) {
+	w, d := daemonWorld(t)
+	once(t, 0, "svc "+w.head()[:8]+" OK", "-c", d.file)
+	d.write("c.toml", "[")
+	hash := w.commit("etc/app.conf", "two\n")
+	once(t, 1, "svc "+hash[:8]+" OK\ngitopper: the config is wrong", "-c", d.file)
+	w.shows("local/etc/app.conf", "two\n")
+}
+
+// TestOthersConfigEndsNobody: a config that others than root can write is told, and is no reason for -r to end.
+func TestOthersConfigEndsNobody(t *testing.T) {
+	w, d := daemonWorld(t)
+	r := start(t, "-r", "-c", d.file)
+	r.ready()
+	if err := os.Chmod(w.dir+"/conf", 0o777); err != nil {
+		t.Fatal(err)
+	}
+	d.write("c.toml", d.svc("fallback = false"))
+	r.logs("WARN the config has changed: it is used after a restart (at once with -r, if it is root's alone)")
+	if err := os.Chmod(w.dir+"/conf", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	d.write("c.toml", d.svc("fallback = true"))
+	r.ends(2)
 }

@@ -143,6 +143,7 @@ type agent struct {
 	server   atomic.Pointer[sshServer]
 	right    *config                // the last one that was right; nil: there was none yet
 	wrong    atomic.Pointer[string] // what is wrong with the config on disk; nil: nothing
+	retried  atomic.Int32           // how many things persist is at that failed
 	socket   string                 // of systemd, for words of ours; empty without
 }
 
@@ -204,9 +205,6 @@ func (a *agent) work(stdout io.Writer) error {
 	for _, w := range c.warnings(a.options) {
 		slog.Warn(w)
 	}
-	if err := gitVersion(a.stop.soft); err != nil {
-		slog.Error(err.Error())
-	}
 	version, _ := ctl.Version()
 	slog.Info(fmt.Sprintf("gitopper %s manages %d services of %s", version, len(services), a.config),
 		"interval", a.interval, "ssh", a.ssh, "metric", a.metric)
@@ -216,6 +214,9 @@ func (a *agent) work(stdout io.Writer) error {
 			slog.Warn(err.Error())
 		}
 	})
+	if err := gitVersion(a.stop.soft); err != nil {
+		slog.Error(err.Error())
+	}
 	if a.mode == onceMode {
 		return a.onePass(services, upstreams, stdout)
 	}
@@ -336,12 +337,13 @@ func (a *agent) watch() {
 		if err != nil || c.files[file] == text { // key files are read anew by those who use them
 			continue
 		}
-		if a.restart {
+		isRoots := !slices.ContainsFunc([]string{file, filepath.Dir(file)}, othersWrite)
+		if a.restart && isRoots {
 			a.end(ending{"the config has changed", 2})
 			return
 		}
 		text = c.files[file]
-		slog.Warn("the config has changed: it is used after a restart (at once with -r)")
+		slog.Warn("the config has changed: it is used after a restart (at once with -r, if it is root's alone)")
 	}
 }
 
@@ -354,11 +356,17 @@ func (a *agent) summary() string {
 		}
 	}
 	text := fmt.Sprintf("%d services", len(services))
+	if len(services) == 0 {
+		text = "no entry for this machine"
+	}
 	if len(bad) > 0 {
 		text += fmt.Sprintf(", %d in trouble: %s", len(bad), someOf(bad))
 	}
 	if a.wrong.Load() != nil {
 		text += "; the config is wrong"
+	}
+	if a.retried.Load() > 0 {
+		text += "; an interface can't be served yet"
 	}
 	return text
 }
@@ -445,6 +453,10 @@ func (a *agent) persist(most time.Duration, try func() error) error {
 		err := try()
 		if err == nil || a.mode == onceMode {
 			return err
+		}
+		if said == "" {
+			a.retried.Add(1)
+			defer a.retried.Add(-1)
 		}
 		if err.Error() != said {
 			said = err.Error()

@@ -44,6 +44,9 @@ func (a *agent) onePass(services []*Service, upstreams []*upstream, stdout io.Wr
 	}
 
 	var err error
+	if a.wrong.Load() != nil { // the last right one did its work; the pass may have brought a right one
+		_, err = a.load()
+	}
 	for _, s := range services {
 		st := s.Status()
 		line := fmt.Sprintf("%s %.8s %s %s", s.service, st.Commit, st.State, st.Info)

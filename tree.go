@@ -493,7 +493,7 @@ func (u *upstream) descends(ctx context.Context, commit, older string) error {
 // does. It is a *refusal (Reason signers) if not, and another error where that could not be found out.
 func (u *upstream) verify(ctx context.Context, commit, signers string) error {
 	if _, err := os.Stat(signers); err != nil {
-		return fmt.Errorf("signers: %w", err)
+		return fmt.Errorf("signers: %w: put the file there, see ssh-keygen(1), ALLOWED SIGNERS", err)
 	}
 	o, err := u.open(ctx)
 	if err != nil {
@@ -519,10 +519,11 @@ func (u *upstream) verify(ctx context.Context, commit, signers string) error {
 	switch {
 	case err == nil:
 		return nil
-	case tooOld.MatchString(err.Error()):
-		return fmt.Errorf("OpenSSH 8.2 or newer is needed for signers: %w", err)
+	case errors.Is(err, exec.ErrNotFound), tooOld.MatchString(err.Error()):
+		return fmt.Errorf("signers need ssh-keygen of OpenSSH 8.2 or newer, install it "+
+			"(Debian: openssh-client): %w", err)
 	case hasRun && exitCode(err) <= 0:
-		return err // not there, killed, or took too long
+		return err // killed, or took too long
 	}
 	info := fmt.Sprintf("commit %.8s is not signed by one of %s: %v", commit, signers, err)
 	return &refusal{version: version{Commit: commit}, Reason: "signers", Info: info}
