@@ -301,7 +301,7 @@ func TestOnceWithWrongConfig(t *testing.T) {
 	once(t, 0, "svc "+w.head()[:8]+" OK", "-c", d.file)
 	d.write("c.toml", "[")
 	hash := w.commit("etc/app.conf", "two\n")
-	once(t, 1, "svc "+hash[:8]+" OK\ngitopper: the config is wrong", "-c", d.file)
+	once(t, 1, "svc "+hash[:8]+" OK\ngitopper: "+d.file+": line 1, column 2: ", "-c", d.file)
 	w.shows("local/etc/app.conf", "two\n")
 }
 

@@ -3,11 +3,15 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // cutPower ends the host from one moment to the next, and boots it again.
@@ -120,4 +124,163 @@ func TestLabBootAdministratorsWish(t *testing.T) {
 	for _, name := range []string{"stopped", "off"} { // up when the power went
 		l.waitFile("/run/"+name+".calls", "start\n")
 	}
+}
+
+// bootTrouble is what is wrong when the host boots, and how that is told.
+type bootTrouble struct {
+	name         string
+	make, mend   func()
+	log, status  string  // in them
+	configOK     float64 // the metric
+	state, info  string  // of the service, in the end
+	noInterfaces bool    // until it is mended
+}
+
+// TestLabBootTroubles: whatever is wrong, at boot the mounts of before are there before READY, for a unit that knows
+// nothing of gitopper but its name; gitopper stays up, says what is wrong, lets operators in, and all is well again when
+// the cause is gone.
+func TestLabBootTroubles(t *testing.T) {
+	l, u := newLab(t), newLabUpstream(t)
+	hash := u.commit(map[string]string{"app/conf": "1\n", "app/file": "file\n"})
+	l.witness("late", "/srv/app/conf", "[Unit]\nAfter=gitopper.service\n[Install]\nWantedBy=multi-user.target")
+	const config = "/etc/gitopper/config.toml"
+	l.configure(u, `
+[[services]]
+machine = "lab"
+service = "late"
+action = "reload"
+settle = "50ms"
+dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "app/file", file = true } ]
+`)
+	right, pub := l.read(config), l.read("/etc/gitopper/operator.pub")
+	l.start("-r")
+	l.waitCommit("late", hash)
+	l.run("systemctl", "enable", "gitopper", "late")
+	if order := " " + l.show("gitopper", "After") + " "; strings.Contains(order, "network") ||
+		!strings.Contains(order, " local-fs.target ") {
+		t.Errorf("gitopper starts after %s", order)
+	}
+
+	const kept = "the config is wrong, the one that was last right is used: " + config
+	const badConfig = "; the config is wrong"
+	var taken []net.Listener
+	take := func(ports ...int) {
+		for _, port := range ports {
+			listener, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", port))
+			if err != nil {
+				t.Fatal(err)
+			}
+			taken = append(taken, listener)
+		}
+	}
+	giveBack := func() {
+		for _, listener := range taken {
+			listener.Close()
+		}
+		taken = nil
+	}
+	damage := func() {
+		packs := "/var/lib/gitopper/upstreams/*/objects/pack/*.pack"
+		l.run("sh", "-c", "for p in "+packs+"; do truncate -s 100 $p; done; ls "+packs)
+	}
+	troubles := []bootTrouble{
+		{name: "garbage key file", make: func() { l.write("/etc/gitopper/operator.pub", "garbage") },
+			mend: func() { l.write("/etc/gitopper/operator.pub", pub) },
+			log:  kept + ": [global]: keys[0]: ", status: badConfig, state: "OK"},
+		{name: "wrong config", make: func() { l.write(config, right+"[") }, mend: func() { l.write(config, right) },
+			log: kept + ": line ", status: badConfig, state: "OK"},
+		{name: "no config", make: func() { l.run("rm", config) }, mend: func() { l.write(config, right) },
+			log: "is used: config: open " + config + ": no such file", status: badConfig, state: "OK"},
+		{name: "another name",
+			make:   func() { l.write(config, strings.ReplaceAll(right, `"lab"`, `"former"`)) },
+			mend:   func() { l.write(config, right) },
+			log:    config + ": no entry for this machine (" + l.name + ", lab): mounts of before stay",
+			status: "no entry for this machine", configOK: 1},
+		{name: "taken ports", make: func() { l.run("systemctl", "stop", "gitopper"); take(l.sshPort, l.metricPort) }, mend: giveBack,
+			log: "address already in use", status: "1 services; an interface can't be served yet",
+			configOK: 1, state: "OK", noInterfaces: true},
+		{name: "upstream away", make: u.stop, mend: u.start, log: "OK -> DIFF git ls-remote",
+			status: "1 services, 1 in trouble: late", configOK: 1, state: "DIFF", info: "git ls-remote"},
+		{name: "a network that swallows all", make: func() { u.stop(); take(u.port) }, mend: func() { giveBack(); u.start() },
+			log: "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
+		{name: "damaged clone, upstream away", make: func() { damage(); u.stop() }, mend: u.start,
+			log: "OK -> DIFF git ls-remote", status: "1 services, 1 in trouble: late", configOK: 1, state: "DIFF"},
+		{name: "damaged clone", make: damage, mend: func() { hash = u.commit(map[string]string{"app/file": "new\n"}) },
+			log: "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
+		{name: "first looks fail", make: func() { u.failing.Store(1) }, mend: func() {},
+			log: "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
+	}
+	for _, trouble := range troubles {
+		t.Run(trouble.name, func(t *testing.T) {
+			outer := l.t
+			l.t, u.t = t, t
+			defer func() { l.t, u.t = outer, outer }()
+			l.bootInto(trouble)
+			trouble.mend()
+			if trouble.state == "" { // another config than that which runs: -r starts it anew
+				l.waitState("late", "OK")
+			}
+			l.waitCommit("late", hash)
+			labWait(t, time.Minute, "the status line says that all is well", func() error {
+				if got := l.show("gitopper", "StatusText"); got != "1 services" {
+					return errors.New(got)
+				}
+				return nil
+			})
+		})
+	}
+	if out, err := l.try("journalctl", "-b", "-u", "gitopper", "-q", "-o", "cat", "-g", "-> DIFF"); err == nil {
+		t.Errorf("a first look that failed is told as trouble: %s", out)
+	}
+}
+
+// bootInto boots into a trouble, and judges what is there and what is said.
+func (l *labHost) bootInto(trouble bootTrouble) {
+	t := l.t
+	t.Helper()
+	trouble.make()
+	l.fs.Close()
+	if out, err := labScript("stop", l.name); err != nil {
+		t.Fatal(err, out)
+	}
+	if out, err := labScript("up", l.name); err != nil {
+		t.Fatal(err, out)
+	}
+	l.openRoot()
+
+	l.waitFile("/run/late.seen", "1\n")
+	l.wantCalls(trouble.name, "late", "start")
+	want := []string{"/srv/app: " + labCheckouts + "/late/app", "/srv/file: " + labCheckouts + "/late/app/file"}
+	if got := l.mounts("/srv"); !slices.Equal(got, want) {
+		t.Errorf("PID 1 has mounted %q, want %q", got, want)
+	}
+	labWait(t, time.Minute, "the log says "+trouble.log, func() error {
+		_, err := l.try("sh", "-c", "journalctl -b -u gitopper -q -o cat | grep -F '"+trouble.log+"'")
+		return err
+	})
+	labWait(t, time.Minute, "the status line says "+trouble.status, func() error {
+		if got := l.show("gitopper", "StatusText"); !strings.Contains(got, trouble.status) {
+			return errors.New(got)
+		}
+		return nil
+	})
+	if !trouble.noInterfaces {
+		labWait(t, time.Minute, fmt.Sprint("gitopper_config_ok ", trouble.configOK), func() error {
+			samples, err := l.metrics()
+			if got, ok := samples["gitopper_config_ok"]; err == nil && (!ok || got != trouble.configOK) {
+				err = fmt.Errorf("%v, given: %v", got, ok)
+			}
+			return err
+		})
+		if _, stderr, err := l.ssh("/list/service"); err != nil {
+			t.Errorf("an operator asks: %v: %s", err, stderr)
+		}
+		if trouble.state != "" {
+			l.waitState("late", trouble.state, trouble.info)
+		}
+	}
+	if got := l.show("gitopper", "NRestarts") + " " + l.show("gitopper", "ActiveState"); got != "0 active" {
+		t.Errorf("restarts and state of gitopper: %s", got)
+	}
+	l.wantCalls(trouble.name, "late", "start") // told by what it booted on
 }

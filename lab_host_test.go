@@ -605,6 +605,7 @@ type labUpstream struct {
 	port      int
 	server    *http.Server
 	looks     atomic.Int64 // requests for its refs, which every ls-remote and every fetch begins with
+	failing   atomic.Int64 // how many of the next ones fail
 }
 
 func newLabUpstream(t *testing.T) *labUpstream {
@@ -635,6 +636,10 @@ func (u *labUpstream) start() {
 	u.server = &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasSuffix(r.URL.Path, "/info/refs") {
 			u.looks.Add(1)
+			if u.failing.Add(-1) >= 0 {
+				http.Error(w, "not now", http.StatusServiceUnavailable)
+				return
+			}
 		}
 		// net/http/cgi hands on HTTP_GIT_PROTOCOL, which git itself wants under this name.
 		h := *handler
