@@ -383,23 +383,6 @@ func (a *agent) configRight() bool {
 	return a.wrong.Load() == nil && (server == nil || server.keys.ok())
 }
 
-// feedWatchdog tells systemd so often that all loops turn, as long as they do; where it wants no word, never.
-func (a *agent) feedWatchdog(often time.Duration) {
-	if often == 0 {
-		return
-	}
-	for tick := time.Tick(often); ; {
-		select {
-		case <-a.stop.soft.Done():
-			return
-		case <-tick:
-			if len(healthy(*a.services.Load())) == 0 {
-				notify(a.socket, "WATCHDOG=1")
-			}
-		}
-	}
-}
-
 // serveMetrics serves the HTTP interface as soon as its port can be had.
 func (a *agent) serveMetrics(started time.Time) {
 	if l := a.listen("--metric", a.metric); l != nil {

@@ -443,6 +443,23 @@ func notify(socket, state string) {
 	_, _ = c.Write([]byte(state))
 }
 
+// feedWatchdog tells systemd so often that all loops turn, as long as they do; where it wants no word, never.
+func (a *agent) feedWatchdog(often time.Duration) {
+	if often == 0 {
+		return
+	}
+	for tick := time.Tick(often); ; {
+		select {
+		case <-a.stop.soft.Done():
+			return
+		case <-tick:
+			if len(healthy(*a.services.Load())) == 0 {
+				notify(a.socket, "WATCHDOG=1")
+			}
+		}
+	}
+}
+
 // sinceBoot is CLOCK_MONOTONIC, by which systemd dates what units do. See clock_gettime(2).
 func sinceBoot() time.Duration {
 	const monotonic = 1
