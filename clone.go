@@ -496,13 +496,12 @@ func (o *objects) copy(id, kind string, limit int64, w io.Writer) (size int64, e
 	}
 	o.expect(0)
 	size, err = o.header(id, kind)
-	if errors.Is(err, errMissing) {
+	switch {
+	case errors.Is(err, errMissing):
 		return 0, fmt.Errorf("%s %.12s %w", kind, id, err)
-	}
-	if err == nil && size > limit {
+	case size > limit:
 		err = &refusal{Reason: "link", Info: fmt.Sprintf("%s %.12s: more than %d MiB", kind, id, limit>>20)}
-	}
-	if err == nil {
+	case err == nil:
 		err = o.body(id, kind, size, w)
 	}
 	if err != nil {
@@ -583,7 +582,7 @@ func (o *objects) fail(err error) error {
 
 // newHash returns the hash function whose ids have so many hex digits.
 func newHash(digits int) hash.Hash {
-	if digits == sha256.Size*2 {
+	if digits == 64 {
 		return sha256.New()
 	}
 	return sha1.New()

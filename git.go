@@ -480,7 +480,7 @@ var hints = []struct {
 		"the server wants another login: look at its line in ~/.netrc, or at the URL"},
 	{regexp.MustCompile(`repository '.*' not found|Repository not found`),
 		"there is no such repository, or not for this login"},
-	{regexp.MustCompile(`Permission denied \(`),
+	{regexp.MustCompile(`Permission denied \(|Too many authentication failures`),
 		"the server accepts none of the keys in ~/.ssh: give it the public one, as a deploy key"},
 	{regexp.MustCompile(`Host key for .* has changed`),
 		"if that is meant, put the server's new key into ~/.ssh/known_hosts; else somebody is in between"},

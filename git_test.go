@@ -621,6 +621,41 @@ func TestGitCrash(t *testing.T) {
 	}
 }
 
+// TestGitHistoryLost: a walk over history that meets a commit which is not there has found damage.
+func TestGitHistoryLost(t *testing.T) {
+	w := newGitWorld(t)
+	first := w.git("rev-parse", "HEAD")
+	w.commit("etc/app.conf", "two\n")
+	w.look()
+	packs, _ := filepath.Glob(w.u.objectsDir() + "/pack/*.pack")
+	for _, name := range packs { // each object is a file of its own
+		data, err := os.ReadFile(name)
+		all, _ := filepath.Glob(strings.TrimSuffix(name, "pack") + "*")
+		for _, name := range all {
+			err = errors.Join(err, os.Remove(name))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("git", "unpack-objects", "-q")
+		cmd.Env = append(os.Environ(), "GIT_DIR="+w.u.dir)
+		cmd.Stdin = bytes.NewReader(data)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatal(string(out))
+		}
+	}
+	if err := os.Remove(w.u.objectsDir() + "/" + first[:2] + "/" + first[2:]); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := w.u.named(t.Context(), "main", first[:12], nil); !errors.Is(err, errMissing) {
+		t.Errorf("%q, %v", c, err)
+	}
+	w.look()
+	if c, err := w.u.named(t.Context(), "main", first[:12], nil); len(c) != 1 || err != nil {
+		t.Errorf("%q, %v", c, err)
+	}
+}
+
 // TestGitTornContents: git does not replace a pack that comes again, whatever became of it.
 func TestGitTornContents(t *testing.T) {
 	w := newGitWorld(t)

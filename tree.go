@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -456,6 +455,9 @@ func (u *upstream) history(ctx context.Context, from string, visit func(id strin
 			return nil
 		}
 		c, err := o.commit(queue[i])
+		if errors.Is(err, errMissing) {
+			o.c.noteDamage(damaged{err}) // git has it, where it has what descends from it
+		}
 		if err != nil {
 			return err
 		}
@@ -538,7 +540,7 @@ func splitSignature(commit string, digits int) (payload, signature string) {
 	head, message, _ := strings.Cut(commit, "\n\n")
 	head += "\n"
 	for _, m := range gpgsig.FindAllStringSubmatch(head, -1) {
-		if isOfKind := (m[1] == "-sha256") == (digits == sha256.Size*2); isOfKind {
+		if isOfKind := (m[1] == "-sha256") == (digits == 64); isOfKind {
 			signature += strings.ReplaceAll(m[2], "\n ", "\n")
 		}
 	}
@@ -584,9 +586,8 @@ func sshKeygen(ctx context.Context, verb, payload, signature string, args ...str
 	}
 	cmd := exec.Command("ssh-keygen", append([]string{"-Y", verb, "-s", "/proc/self/fd/3"}, args...)...)
 	cmd.Stdin, cmd.ExtraFiles = strings.NewReader(payload), []*os.File{r}
-	words := &tail{}
 	if verb == "verify" {
-		cmd.Stdout = words // where it says what is wrong
+		cmd.Stdout = &tail{} // where it says what is wrong
 	}
 	return execute(ctx, program{name: "ssh-keygen -Y " + verb, cmd: cmd, limit: localLimit})
 }
