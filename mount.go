@@ -51,58 +51,44 @@ func wantedShows(checkout string, dirs []dir) (all []shown) {
 }
 
 // show makes every local of dirs show its link of the checkout; save is called before something is made or
-// mounted that the table must remember. changed says that a mount was made or changed. Each local is tried,
-// whatever happened to the others.
+// mounted that the table must remember. Each local is tried, whatever happened to the others.
 func (t *mountTable) show(
-	service, checkout string, dirs []dir, a account, save func() error,
-) (changed bool, err error) {
-	wants := wantedShows(checkout, dirs)
-	before, made := slices.Clone(t.Shown), len(t.Made)
-	right := map[shown]bool{}
-	for _, w := range wants {
-		right[w] = shows(checkout, w.Link, w.Local)
-		t.remember(w.Local)
+	service, checkout string, dirs []dir, uid int, save func() error,
+) (errs error) {
+	if t.areShown(checkout, dirs) {
+		return nil
 	}
-	t.name(wants, right)
-	if !slices.Equal(before, t.Shown) || made != len(t.Made) {
-		if err := save(); err != nil {
-			return false, err
-		}
+	wants := wantedShows(checkout, dirs)
+	for _, w := range wants {
+		t.remember(w.Local)
+		isSame := func(s shown) bool { return s == w }
+		t.Shown = append(slices.DeleteFunc(t.Shown, isSame), w)
+	}
+	if err := save(); err != nil {
+		return err
 	}
 
-	var errs error
 	for _, w := range wants {
-		if right[w] {
-			continue
+		if !shows(checkout, w.Link, w.Local) {
+			if err := t.mount(service, w, uid); err != nil {
+				errs = errors.Join(errs, err)
+				continue // the mounts of others on the local may still be there
+			}
 		}
-		err := t.mount(service, w, a.uid)
-		right[w] = err == nil
-		changed = changed || right[w]
-		errs = errors.Join(errs, err)
+		t.Shown = slices.DeleteFunc(t.Shown, w.replaces)
 	}
-	t.name(wants, right)
-	return changed, errs
+	return errs
 }
+
+// replaces says whether s is another mount on the same local.
+func (w shown) replaces(s shown) bool { return s.Local == w.Local && s != w }
 
 // areShown says that every local of dirs shows its link of the checkout, and that the table names just that.
 func (t *mountTable) areShown(checkout string, dirs []dir) bool {
 	return !slices.ContainsFunc(wantedShows(checkout, dirs), func(w shown) bool {
-		isOther := func(s shown) bool { return s.Local == w.Local && s != w }
-		isNamed := slices.Contains(t.Shown, w) && !slices.ContainsFunc(t.Shown, isOther)
+		isNamed := slices.Contains(t.Shown, w) && !slices.ContainsFunc(t.Shown, w.replaces)
 		return !isNamed || !shows(checkout, w.Link, w.Local)
 	})
-}
-
-// name puts wants into the table, each as the last entry for its local. The others, whose mounts may still be
-// there, leave it only when the local shows the right one.
-func (t *mountTable) name(wants []shown, right map[shown]bool) {
-	for _, w := range wants {
-		t.Shown = slices.DeleteFunc(t.Shown, func(s shown) bool {
-			old := s.Local == w.Local && right[w]
-			return s == w || old
-		})
-		t.Shown = append(t.Shown, w)
-	}
 }
 
 // restore makes every mount that the table names again, with nothing but the table: the first thing after a
@@ -145,12 +131,9 @@ func setAsides(checkout string) (found []string) {
 // makeTargets makes an empty directory or file at every local that is missing, so that a check has something
 // to mount on.
 func (t *mountTable) makeTargets(dirs []dir, a account, save func() error) error {
-	wants, made := wantedShows("", dirs), len(t.Made)
+	wants := wantedShows("", dirs)
 	for _, w := range wants {
 		t.remember(w.Local)
-	}
-	if len(t.Made) == made {
-		return nil
 	}
 	if err := save(); err != nil {
 		return err

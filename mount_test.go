@@ -120,9 +120,9 @@ func (w *mountWorld) dirAt(local, link string) dir {
 	return dir{local: filepath.Join(w.dir, local), link: link, kind: kind(strings.HasSuffix(link, ".conf"))}
 }
 
-func (w *mountWorld) show(dirs ...dir) (bool, error) {
-	a := account{uid: os.Getuid(), gid: os.Getgid()}
-	return w.table.show("svc", w.checkout, dirs, a, w.save)
+func (w *mountWorld) show(dirs ...dir) (changed bool, err error) {
+	wereShown := w.table.areShown(w.checkout, dirs)
+	return !wereShown, w.table.show("svc", w.checkout, dirs, os.Getuid(), w.save)
 }
 
 func (w *mountWorld) sweep(dirs ...dir) []string {
@@ -240,12 +240,11 @@ func TestMountTargets(t *testing.T) {
 // TestMountMadeForUser: only in root's own directories is what is made given away.
 func TestMountMadeForUser(t *testing.T) {
 	w := newMountWorld(t)
-	const uid, gid = 65534, 65534
-	w.must(os.Chown(w.checkout+"/etc", uid, gid), os.Chown(w.checkout+"/other", uid, gid),
+	const uid = 65534
+	w.must(os.Chown(w.checkout+"/etc", uid, uid), os.Chown(w.checkout+"/other", uid, uid),
 		os.Mkdir(w.dir+"/open", 0o755), os.Chmod(w.dir+"/open", 0o777))
 	dirs := []dir{w.dirAt("new/etc", "etc"), w.dirAt("open/other", "other")}
-	_, err := w.table.show("svc", w.checkout, dirs, account{uid: uid, gid: gid}, w.save)
-	w.must(err)
+	w.must(w.table.show("svc", w.checkout, dirs, uid, w.save))
 	w.reboot()
 	for name, want := range map[string]uint32{"new": 0, "new/etc": uid, "open/other": 0} {
 		fi, err := os.Stat(w.dir + "/" + name)
@@ -337,7 +336,7 @@ func TestMountNestedCheckouts(t *testing.T) {
 	inner := mountTable{}
 	w.write("mount/svc/inner/etc/file", "inner\n")
 	d := w.dirAt("inner", "etc")
-	_, err := inner.show("inner", w.checkout+"/inner", []dir{d}, account{uid: os.Getuid()}, w.save)
+	err := inner.show("inner", w.checkout+"/inner", []dir{d}, os.Getuid(), w.save)
 	w.must(err)
 	w.sweep(w.dirAt("etc", "etc"))
 	w.sweep()
@@ -371,7 +370,7 @@ func TestMountSwapLocals(t *testing.T) {
 		}
 		for i := range tables {
 			checkout := w.checkout + "/" + fmt.Sprint(i)
-			_, err := tables[i].show("s", checkout, dirs[i], account{uid: os.Getuid()}, w.save)
+			err := tables[i].show("s", checkout, dirs[i], os.Getuid(), w.save)
 			w.must(err)
 		}
 		if got := w.mounts(); len(got) != n {
@@ -395,7 +394,7 @@ func TestMountsAreIndependent(t *testing.T) {
 		t.Errorf("after a boot: %v, %v", err, w.mounts())
 	}
 	failing := func() error { return errors.New("disk full") }
-	_, err := w.table.show("svc", w.checkout, []dir{w.dirAt("more", "other")}, account{}, failing)
+	err := w.table.show("svc", w.checkout, []dir{w.dirAt("more", "other")}, 0, failing)
 	if err == nil || lexists(w.dir+"/more") {
 		t.Errorf("made, though it can't be remembered: %v", err)
 	}

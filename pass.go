@@ -446,7 +446,7 @@ func (s *Service) showLinks(content string) error {
 			}
 		}
 	}
-	_, err := s.rec.Mounts.show(s.service, s.files.dir, s.dirs, s.files.acct, s.save)
+	err := s.rec.Mounts.show(s.service, s.files.dir, s.dirs, s.files.acct.uid, s.save)
 	if err == nil {
 		s.facts.mounted = cmp.Or(s.facts.mounted, sinceBoot())
 	}
