@@ -263,8 +263,7 @@ func (f *files) findAt(ctx context.Context, live *descent, p string, want blob, 
 		return there, err
 	}
 
-	isDir := st.Mode&syscall.S_IFMT == syscall.S_IFDIR
-	isOurDir := isDir && anyBelow(paths, p)
+	isOurDir := isDir(st) && anyBelow(paths, p)
 	switch {
 	case isOurDir && want == blob{}:
 		return missing, nil // what was a file of ours is a directory of ours by now
@@ -273,7 +272,7 @@ func (f *files) findAt(ctx context.Context, live *descent, p string, want blob, 
 	}
 	has, err := f.match(ctx, dir, path.Base(p), &st, known)
 	isLink, wantsLink := has.mode == "120000", want.mode == "120000"
-	isModule := isDir && want.mode == "160000"
+	isModule := isDir(st) && want.mode == "160000"
 	switch {
 	case err != nil:
 		return missing, err

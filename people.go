@@ -90,9 +90,9 @@ func (f *files) isLaidOut(top place) bool {
 			continue
 		}
 		isShared := func(p place) bool { return !p.rootsAlone() }
-		st, err := dir.lstat(path.Base(l.link))
-		isDir := st.Mode&syscall.S_IFMT == syscall.S_IFDIR && l.kind == aDirectory
-		isOthers := err == nil && isDir && int(st.Uid) != f.acct.uid
+		st, _ := dir.lstat(path.Base(l.link))
+		isLink := isDir(st) && l.kind == aDirectory
+		isOthers := isLink && int(st.Uid) != f.acct.uid
 		if isOthers || slices.ContainsFunc(at.open, isShared) {
 			return false
 		}
@@ -157,7 +157,6 @@ func (f *files) takeOver(parent place, base string) error {
 			return fmt.Errorf("move %s: %w", l.link, err)
 		}
 	}
-	isDir := func(st syscall.Stat_t) bool { return st.Mode&syscall.S_IFMT == syscall.S_IFDIR }
 	for _, n := range f.nested {
 		if err := moveOver(old, fresh, strings.TrimPrefix(n, f.dir+"/"), isDir); err != nil {
 			return fmt.Errorf("move %s: %w", n, err)
@@ -299,10 +298,11 @@ func (f *files) dress(ctx context.Context, commit, objects string) error {
 	}
 	defer top.close()
 
-	st, missing := top.lstat(".git")
-	isOurs := st.Mode&syscall.S_IFMT == syscall.S_IFDIR && st.Uid == uint32(os.Getuid())
-	if missing == nil && isOurs && f.fillGit(ctx, top, ".git", commit, objects) == nil {
-		return nil
+	st, _ := top.lstat(".git")
+	if isOurs := isDir(st) && int(st.Uid) == os.Getuid(); isOurs {
+		if f.fillGit(ctx, top, ".git", commit, objects) == nil {
+			return nil
+		}
 	}
 
 	// Only a whole new one takes its place: what is wrong may be the upstream's objects, whose owner could
@@ -312,8 +312,8 @@ func (f *files) dress(ctx context.Context, commit, objects string) error {
 	if err == nil {
 		err = f.fillGit(ctx, top, fresh, commit, objects)
 	}
-	if err == nil && missing == nil {
-		err = f.setAside(top, ".git", ".git")
+	if err == nil {
+		err = except(f.setAside(top, ".git", ".git"), syscall.ENOENT)
 	}
 	if err == nil {
 		return renameat2(top, fresh, top, ".git", renameNoReplace)

@@ -182,8 +182,12 @@ func (p place) make(name string, k kind, a account) error {
 // rootsAlone says that nobody but root can change what is in the directory.
 func (p place) rootsAlone() bool {
 	st, err := p.stat()
-	return err == nil && st.Uid == 0 && st.Mode&0o022 == 0
+	isRoots := err == nil && st.Uid == 0
+	return isRoots && st.Mode&0o022 == 0
 }
+
+// isDir says of what stat(2) found whether it is a directory.
+func isDir(st syscall.Stat_t) bool { return st.Mode&syscall.S_IFMT == syscall.S_IFDIR }
 
 // below opens a path below p, following no symbolic link on the way or at its end.
 func (p place) below(rel string) (at place, err error) {
@@ -316,10 +320,10 @@ func (p place) names(limit int) ([]string, error) {
 	return names, err
 }
 
-// notThere says that an error means that there is no such path, or something else in its way.
-func notThere(err error) bool {
-	return slices.Contains([]error{syscall.ENOENT, syscall.ENOTDIR, syscall.ELOOP}, err)
-}
+// noPath are the errors which mean that there is no such path, or something else in its way.
+var noPath = []error{syscall.ENOENT, syscall.ENOTDIR, syscall.ELOOP}
+
+func notThere(err error) bool { return slices.Contains(noPath, err) }
 
 // lstat is lstat(2) of a name in a directory that is held.
 func (p place) lstat(name string) (st syscall.Stat_t, err error) {

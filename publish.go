@@ -218,8 +218,8 @@ type swap struct {
 func (f *files) openPublish(top place) (*swap, error) {
 	// What came out of a publish that was cut short may still be mounted: it waits for finish.
 	aside := publishDir + "-" + strconv.FormatInt(time.Now().UnixNano(), 10)
-	err := renameat2(top, publishDir, top, aside, renameNoReplace)
-	if err == nil || err == syscall.ENOENT {
+	err := except(renameat2(top, publishDir, top, aside, renameNoReplace), syscall.ENOENT)
+	if err == nil {
 		err = renameat2(top, stageDir, top, publishDir, renameNoReplace)
 	}
 	if err == syscall.ENOENT { // nothing was to be staged
@@ -256,14 +256,13 @@ func (w *swap) put(p string) error {
 	for range 100 { // somebody may make and remove what is in the way
 		name := p
 		dir, missing := w.live.to(path.Dir(p))
-		if missing != nil && !notThere(missing) {
-			return missing
-		}
-		if missing != nil {
+		if notThere(missing) {
 			name = w.live.stuck
 			if dir, err = w.live.to(path.Dir(name)); err != nil {
 				continue
 			}
+		} else if missing != nil {
+			return missing
 		}
 		staged, err2 := w.out.to(path.Dir(name))
 		if err2 != nil {
@@ -292,28 +291,25 @@ func (w *swap) put(p string) error {
 // may be mounted. What its owner puts in its place meanwhile does no harm: it is a directory of theirs, too.
 func (w *swap) putRight(p string) error {
 	dir, err := w.live.to(p)
-	if notThere(err) {
-		return nil
-	}
 	if err != nil {
-		return err
+		return except(err, noPath...)
 	}
 	st, err := dir.stat()
 	a := w.f.attrs(p, blob{})
-	if err != nil || int(st.Uid) != a.uid {
-		return err
+	if isUsers := int(st.Uid) == a.uid; isUsers {
+		err = errors.Join(err, a.give(dir.path()))
 	}
-	return a.give(dir.path())
+	return err
 }
 
 // takeOut renames one live path out.
 func (w *swap) takeOut(p string) error {
 	dir, err := w.live.to(path.Dir(p))
-	if notThere(err) || w.tops[p] {
-		return nil // it went with a directory above it, or what is there went live just now
+	if w.tops[p] {
+		return nil // what is there went live just now
 	}
 	if err != nil {
-		return err
+		return except(err, noPath...) // it went with a directory above it
 	}
 	base := path.Base(p)
 	isModule := func(n noted) bool { return n.mode == "160000" }
@@ -326,10 +322,7 @@ func (w *swap) takeOut(p string) error {
 	if err == nil {
 		err = renameat2(dir, base, out, base, renameNoReplace)
 	}
-	if err == syscall.ENOENT {
-		return nil
-	}
-	return err
+	return except(err, syscall.ENOENT)
 }
 
 // removeEmpty removes the directories that held only what went; a link's own stays, for a mount of a removed
@@ -436,7 +429,7 @@ func (s *sorter) empty(ctx context.Context, parent place, name, at string) error
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := s.one(ctx, dir, n, path.Join(at, n)); err != nil && err != syscall.ENOENT {
+		if err := except(s.one(ctx, dir, n, path.Join(at, n)), syscall.ENOENT); err != nil {
 			return err
 		}
 	}
@@ -450,7 +443,7 @@ func (s *sorter) one(ctx context.Context, dir place, name, p string) error {
 	switch {
 	case err != nil:
 		return err
-	case st.Mode&syscall.S_IFMT != syscall.S_IFDIR:
+	case !isDir(st):
 		// Where nobody else can reach it, for a directory that was live may still be open to somebody.
 		if err := renameat2(dir, name, s.ours, lookedAt, 0); err != nil {
 			return err
@@ -487,15 +480,19 @@ func (f *files) throwAway(ctx context.Context, dir place, name string, known []n
 		_, _, refused := syscall.Syscall(syscall.SYS_FCNTL, file.Fd(), fSetLease, syscall.F_RDLCK)
 		isWritten = func() bool {
 			lease, _, _ := syscall.Syscall(syscall.SYS_FCNTL, file.Fd(), fGetLease, 0)
-			return refused == syscall.EAGAIN || refused == 0 && lease != syscall.F_RDLCK
+			isBroken := refused == 0 && lease != syscall.F_RDLCK
+			return refused == syscall.EAGAIN || isBroken
 		}
 	}
-	if err != nil || isWritten() {
+	if isWritten() {
 		return false
 	}
-	was, err := f.match(ctx, dir, name, &st, known)
-	isOurs := err == nil && was != blob{}
-	return isOurs && !isWritten() && syscall.Unlink(dir.path()+"/"+name) == nil
+	was, err2 := f.match(ctx, dir, name, &st, known)
+	isTheirs := was == blob{} || isWritten()
+	if isTheirs || errors.Join(err, err2) != nil {
+		return false
+	}
+	return syscall.Unlink(dir.path()+"/"+name) == nil
 }
 
 // keep renames a name of a directory into editsDir, as it is.
