@@ -252,7 +252,9 @@ func (f *files) paths(want tree) []string {
 }
 
 // findAt says what is live under a path. paths, all of ours and all that are wanted, are sorted.
-func (f *files) findAt(ctx context.Context, live *descent, p string, want blob, paths []string) (found, error) {
+func (f *files) findAt(
+	ctx context.Context, live *descent, p string, want blob, paths []string,
+) (found, error) {
 	known := f.load().known[p]
 	dir, err := live.to(path.Dir(p))
 	var st syscall.Stat_t
@@ -421,8 +423,12 @@ func (f *files) enough(top place, want tree, d diff) (shortage, error) {
 		return shortage{}, err
 	}
 	now := shortage{digest(parts...), fs.Bavail * uint64(fs.Bsize), fs.Ffree}
-	noMore := now.bytes <= f.full.bytes+f.full.bytes/16 && now.inodes <= f.full.inodes+f.full.inodes/16
-	if noMore && now.what == f.full.what {
+	if now.what != f.full.what {
+		return now, nil
+	}
+	isMore := func(now, then uint64) bool { return now > then+then/16 }
+	hasRoom := isMore(now.bytes, f.full.bytes) || isMore(now.inodes, f.full.inodes)
+	if !hasRoom {
 		return now, fmt.Errorf("lay out files in %s: %w: as before, make room there", f.dir, syscall.ENOSPC)
 	}
 	return now, nil

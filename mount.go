@@ -93,8 +93,8 @@ func (t *mountTable) areShown(checkout string, dirs []dir) bool {
 
 // restore makes every mount that the table names again, with nothing but the table: the first thing after a
 // boot, before there is a config. A checkout counts only where it is root's, for after a boot anybody may
-// have made one in a directory such as /tmp. Where a taking over was cut short, or its new files are not to be
-// had yet, the link still lies beside it.
+// have made one in a directory such as /tmp. Where a taking over was cut short, or its new files are not to
+// be had yet, the link still lies beside it.
 func (t *mountTable) restore(service string) (errs error) {
 	for _, w := range slices.Clone(t.Shown) {
 		hasLink := func(checkout string) bool { return lexists(checkout + "/" + w.Link) }
@@ -205,8 +205,9 @@ func (t *mountTable) surplus(mounts []mountPoint, wants []shown, wanted []string
 		if *visible(mounts, m.point) != m {
 			continue
 		}
-		beneath := func(o mountPoint) bool { return o.id == m.parent && o.point == m.point }
-		if !slices.Contains(wanted, m.point) || slices.ContainsFunc(own, beneath) {
+		isBeneath := func(o mountPoint) bool { return o.id == m.parent && o.point == m.point }
+		isWanted := slices.Contains(wanted, m.point)
+		if !isWanted || slices.ContainsFunc(own, isBeneath) {
 			all = append(all, m)
 		}
 	}
@@ -245,10 +246,13 @@ func (t *mountTable) own(mounts []mountPoint, wants []shown) (own []mountPoint) 
 	for _, m := range mounts {
 		mine := func(n shown) bool {
 			rest, ok := sources[n.Checkout].below(m)
-			if !ok {
+			switch {
+			case !ok:
 				return false
+			case m.point == points[n.Local] && aside.MatchString(rest):
+				return true
 			}
-			return within(rest, "/"+n.Link) || m.point == points[n.Local] && aside.MatchString(rest)
+			return within(rest, "/"+n.Link)
 		}
 		if slices.ContainsFunc(names, mine) {
 			own = append(own, m)

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -237,8 +236,7 @@ const lockText = "gitopper: root's git does not write here, for files and object
 
 // locks returns whether the .git for people in a directory has that lock, and whether it is to have it.
 func (f *files) locks(git string) (has, wants bool) {
-	text, _ := readPlain(git + "/index.lock")
-	return string(text) == lockText, f.acct.uid != os.Getuid()
+	return holds(git+"/index.lock", lockText), f.acct.uid != os.Getuid()
 }
 
 // isDressed says whether the .git for people is that of commit, and was written to the end: HEAD is last.
@@ -258,8 +256,7 @@ func (f *files) isDressed(commit, objects string) bool {
 		return false
 	}
 	for i, right := range []string{commit + "\n", objects + "\n", f.sparse()} {
-		text, err := readPlain(f.dir + "/.git/" + wornNames[i])
-		if err != nil || string(text) != right {
+		if !holds(f.dir+"/.git/"+wornNames[i], right) {
 			return false
 		}
 	}
@@ -279,14 +276,15 @@ type worn struct {
 	files  [len(wornNames)]stamp
 }
 
-// readPlain reads a file where somebody may have put a pipe, which is an error.
-func readPlain(name string) ([]byte, error) {
+// holds says whether a file has that text. Somebody may have put a pipe there, which is none.
+func holds(name, text string) bool {
 	file, _, err := place{-1}.openFile(name)
 	if err != nil {
-		return nil, err
+		return false
 	}
 	defer file.Close()
-	return io.ReadAll(file)
+	got, err := io.ReadAll(file)
+	return err == nil && string(got) == text
 }
 
 // dress writes the .git for people: root's git log and git status work in the directory with it. Objects come
@@ -359,12 +357,10 @@ func (f *files) fillGit(ctx context.Context, top place, name, commit, objects st
 		{"info/exclude", f.exclude()},
 		{"info/attributes", "* -text -ident -filter -working-tree-encoding\n"},
 	} {
-		at, text := git+"/"+file[0], []byte(file[1])
-		if old, err := readPlain(at); err == nil && bytes.Equal(old, text) {
-			continue
-		}
-		if err := writeFile(at, text); err != nil {
-			return err
+		if at := git + "/" + file[0]; !holds(at, file[1]) {
+			if err := writeFile(at, []byte(file[1])); err != nil {
+				return err
+			}
 		}
 	}
 	if err := f.setLock(git); err != nil {

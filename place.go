@@ -104,9 +104,9 @@ func walkPlace(to string, check func(place) error,
 		rest = rest[1:]
 		var next place
 		next, err = placeAt(p.fd, name)
-		if missing != nil && err == syscall.ENOENT {
-			err = missing(p, name, len(rest) == 0)
-			if err == nil || err == syscall.EEXIST { // made by another service just now
+		if makes := missing != nil; makes && err == syscall.ENOENT {
+			err = except(missing(p, name, len(rest) == 0), syscall.EEXIST) // made by another service just now
+			if err == nil {
 				next, err = placeAt(p.fd, name)
 			}
 		}

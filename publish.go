@@ -132,8 +132,7 @@ func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 // ext4 without auto_da_alloc). All is written first, for then most syncs find their work done.
 func (f *files) syncStaged(ctx context.Context, out *descent, put []string) error {
 	for _, p := range slices.Concat(put, slices.Sorted(maps.Keys(dirsOf(put)))) {
-		mode := f.staged[p].mode
-		if mode == "120000" || mode == "160000" {
+		if n := f.staged[p]; n.kind() != syscall.S_IFREG { // the zero one is a directory of ours
 			continue
 		}
 		if err := ctx.Err(); err != nil {
@@ -358,12 +357,7 @@ func (w *swap) sync(changed []string) error {
 // all else is kept, unread, below editsDir, and kept says where. Then the manifest of what is live is
 // written.
 func (f *files) finish(ctx context.Context) (kept []string, err error) {
-	top, err := openOwn(f.dir)
-	if err != nil {
-		return nil, err
-	}
-	defer top.close()
-	ours, err := top.below(ourDir)
+	ours, err := openOwn(f.dir + "/" + ourDir)
 	if err != nil {
 		return nil, err
 	}
@@ -450,7 +444,8 @@ func (s *sorter) one(ctx context.Context, dir place, name, p string) error {
 		}
 		return s.discardOrKeep(ctx, p, known)
 	case len(known) > 0, anyBelow(s.f.m.paths, p):
-		if err := s.empty(ctx, dir, name, p); err == nil || ctx.Err() != nil {
+		err := s.empty(ctx, dir, name, p)
+		if isDone := err == nil || ctx.Err() != nil; isDone {
 			return err
 		}
 	}
@@ -459,8 +454,11 @@ func (s *sorter) one(ctx context.Context, dir place, name, p string) error {
 
 // discardOrKeep throws away what is looked at if it is ours, and keeps it as p if it is not.
 func (s *sorter) discardOrKeep(ctx context.Context, p string, known []noted) error {
-	if s.f.throwAway(ctx, s.ours, lookedAt, known) || ctx.Err() != nil {
-		return ctx.Err()
+	if s.f.throwAway(ctx, s.ours, lookedAt, known) {
+		return nil
+	}
+	if err := ctx.Err(); err != nil {
+		return err
 	}
 	return s.keep(s.ours, lookedAt, p)
 }
