@@ -182,12 +182,12 @@ func (c *client) carryOut(ctx context.Context, o options, cmd command, hosts []h
 		questions = append(questions, question{h, h.name, cmd.path, words})
 	}
 	var listErr error
-	if isForAll(words) {
+	if o.isForAll() {
 		questions, listErr = c.aboutEach(ctx, questions)
 	}
 
 	c.several = len(questions) > 1
-	isOfOne := len(words) > 0 && !isForAll(words)
+	isOfOne := len(words) > 0 && !o.isForAll()
 	r := &report{heads: cmd.heads, several: len(hosts) > 1, json: o.has("m"), cut: isTerminal(stdout)}
 	if isOfOne && cmd.path != "/list/log" {
 		r.cut = false // all is shown
@@ -198,7 +198,8 @@ func (c *client) carryOut(ctx context.Context, o options, cmd command, hosts []h
 
 const everyService = "-a"
 
-func isForAll(words []string) bool { return slices.Index(words, everyService) == 0 }
+// isForAll says whether -a stands in place of SERVICE, behind the two words of the command.
+func (o options) isForAll() bool { return slices.Index(o.words, everyService) == 2 }
 
 // aboutEach makes of a question about every service of a host one about each.
 func (c *client) aboutEach(ctx context.Context, all []question) (each []question, err error) {
@@ -208,7 +209,7 @@ func (c *client) aboutEach(ctx context.Context, all []question) (each []question
 	}
 	rest := all[0].words[1:]
 	err = c.each(ctx, lists, listLimit, func(list question, answer []byte) error {
-		rows, err := parseAnswer(answer)
+		rows, err := parseAnswer(answer, serviceHeads)
 		for _, row := range rows {
 			service := row[0]
 			each = append(each, question{list.host, list.label + ": " + service, all[0].path,
@@ -229,7 +230,7 @@ func (c command) check(o options, words []string) string {
 		return "option -l is for hdr"
 	case o.has("m") && isText:
 		return "the answer is no JSON: leave -m out"
-	case isForAll(words) && !strings.Contains(c.args, everyService):
+	case o.isForAll() && !strings.Contains(c.args, everyService):
 		return "option -a is for freeze, unfreeze and pull"
 	case slices.Contains(o.words[min(3, len(o.words)):], everyService):
 		return "option -a stands in place of SERVICE"

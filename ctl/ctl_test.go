@@ -18,6 +18,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -547,4 +549,37 @@ func TestBrokenStdout(t *testing.T) {
 			t.Errorf("%q: status %d, stderr %q", args, status, &stderr)
 		}
 	}
+}
+
+// Whatever a host answers: what is shown drives no terminal, and fits one.
+func FuzzAnswer(f *testing.F) {
+	for _, s := range []string{nginx, two, machines, "{}", "null", `{"services":[{"stateinfo":"\u001b[2J\u009b\n\t"}]}`,
+		`{"ran":[{"hash":"x","outcome":"` + strings.Repeat("ü", 1000) + `"}],"more":-1}`, `{"host":1,"service":"a\u202eb"}`} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, answer []byte) {
+		for _, cmd := range commands {
+			for _, asJSON := range []bool{false, true} {
+				r := &report{heads: cmd.heads, several: true, json: asJSON, cut: true}
+				for _, name := range []string{"web1", "web2"} {
+					if err := r.add(question{host: host{name: name}}, answer); err != nil && r.heads == nil {
+						t.Fatal(err)
+					}
+				}
+				var out bytes.Buffer
+				if err := r.print(&out); err != nil {
+					t.Fatal(err)
+				}
+				for line := range strings.Lines(out.String()) {
+					line = strings.TrimSuffix(line, "\n")
+					if strings.ContainsFunc(line, func(r rune) bool { return r != '\t' && !unicode.IsPrint(r) && r != unicode.ReplacementChar }) {
+						t.Fatalf("%s shows %q", cmd.path, line)
+					}
+					if isTable := r.heads != nil && !asJSON; isTable && utf8.RuneCountInString(line) > columns {
+						t.Fatalf("%s shows a line of %d", cmd.path, utf8.RuneCountInString(line))
+					}
+				}
+			}
+		}
+	})
 }

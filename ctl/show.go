@@ -21,8 +21,9 @@ var (
 	logHeads     = []string{"#", "MACHINE", "HASH", "WHEN", "BY", "OUTCOME"}
 )
 
-// parseAnswer returns the cells below the heads, but for a row's number and who answers.
-func parseAnswer(answer []byte) (rows [][]string, err error) {
+// parseAnswer returns the cells below the heads, but for a row's number and who answers. What else there is in
+// the answer was not asked for.
+func parseAnswer(answer []byte, heads []string) (rows [][]string, err error) {
 	var a struct {
 		Machines
 		Services
@@ -55,7 +56,7 @@ func parseAnswer(answer []byte) (rows [][]string, err error) {
 	for _, r := range a.Ran {
 		rows = append(rows, []string{fmt.Sprintf("%.8s", r.Hash), r.When, r.By, r.Outcome})
 	}
-	return rows, nil
+	return slices.DeleteFunc(rows, func(row []string) bool { return len(row) != len(heads)-2 }), nil
 }
 
 // report is what stdout gets in the end: a table, or else the answers one after another.
@@ -78,7 +79,7 @@ func (r *report) add(q question, answer []byte) error {
 		return nil
 	}
 
-	rows, err := parseAnswer(answer)
+	rows, err := parseAnswer(answer, r.heads)
 	switch {
 	case err != nil:
 		return err

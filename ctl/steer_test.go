@@ -149,6 +149,12 @@ func TestEveryService(t *testing.T) {
 		t.Errorf("stdout %s", stdout)
 	}
 
+	// Behind -- it is a word like any other.
+	call(t, "do", "freeze", "@"+b.addr, "--", "-a", "is", "it")
+	if got := b.asked(); len(got) != 3 || got[2] != "/do/freeze -a is it" {
+		t.Errorf("asked %q", got)
+	}
+
 	status, stdout, stderr = call(t, "do", "pull", "-a", "@"+b.addr)
 	if status != 0 || strings.Contains(stdout, "MACHINE") || stderr != "settle\n" {
 		t.Errorf("status %d, stdout %s, stderr %s", status, stdout, stderr)
