@@ -195,6 +195,7 @@ func (c *clone) make(ctx context.Context, digits int, filtered bool) error {
 		return err
 	}
 	err := errors.Join(os.Chmod(parent, 0o711), removeTree(ctx, c.dir)) // 0711 whatever the umask
+
 	for _, p := range c.parts(digits, filtered) {
 		name := c.dir + p.name
 		switch {
@@ -364,6 +365,7 @@ func (c *clone) fetchTips(ctx context.Context, remote map[string]string) error {
 	if !c.filtered() {
 		args = args[1:]
 	}
+
 	fixed := len(args)
 	for _, branch := range slices.Sorted(maps.Keys(remote)) {
 		if remote[branch] != c.tips[tipRef(branch)] {
@@ -436,13 +438,10 @@ func (c *clone) open(ctx context.Context) (*objects, error) {
 	if !lexists(c.dir + "/config") {
 		return nil, fmt.Errorf("there is no clone of %s yet", redact(c.u.url))
 	}
-	inRead, in, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	out, outWrite, err := os.Pipe()
-	if err != nil {
-		return nil, errors.Join(err, inRead.Close(), in.Close())
+	inRead, in, err1 := os.Pipe()
+	out, outWrite, err2 := os.Pipe()
+	if err := errors.Join(err1, err2); err != nil {
+		return nil, err // a pipe that nobody refers to closes itself
 	}
 	cmd := c.git("cat-file", "--batch")
 	cmd.Stdin, cmd.Stdout = inRead, outWrite

@@ -66,6 +66,7 @@ func gitCommand(a account, gitDir string, extraEnv []string, args ...string) *ex
 		"GIT_OPTIONAL_LOCKS=0", "GIT_CEILING_DIRECTORIES=/",
 		"GIT_NO_REPLACE_OBJECTS=1", "GIT_SSH_COMMAND=" + ssh,
 	}
+
 	for _, k := range strings.Fields("http_proxy https_proxy ftp_proxy all_proxy no_proxy " +
 		"HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR") {
 		if v, ok := os.LookupEnv(k); ok {
@@ -79,6 +80,7 @@ func gitCommand(a account, gitDir string, extraEnv []string, args ...string) *ex
 			cmd.Env = append(cmd.Env, k+"="+v)
 		}
 	}
+
 	if gitDir != "" {
 		cmd.Env = append(cmd.Env, "GIT_DIR="+gitDir)
 	}
@@ -328,47 +330,53 @@ func (u *upstream) advance(ctx context.Context, c *clone, remote map[string]stri
 	return err
 }
 
-// heal makes the clone anew beside the one that is there, if any, which serves until the new one is complete
-// and takes its place. Commits that ran are lost where upstream has them no more.
-func (u *upstream) heal(ctx context.Context, remote map[string]string, why error) (err error) {
-	isFirst, filtered := !lexists(u.dir), !errors.Is(why, errRefused)
-	if t, lately := u.tried["heal"]; lately && filtered {
+// heal makes the clone anew, but not again within the hour. Commits that ran are lost where upstream has them
+// no more.
+func (u *upstream) heal(ctx context.Context, remote map[string]string, why error) error {
+	isFirst, isRefused := !lexists(u.dir), errors.Is(why, errRefused)
+	if t, lately := u.tried["heal"]; lately && !isRefused {
 		at := t.at.Format("15:04")
 		return fmt.Errorf("clone is damaged, and was made anew at %s (do pull tries now): %w", at, why)
 	}
-	if filtered {
-		if filtered, err = u.canFilter(ctx); err != nil {
-			return err
-		}
-	}
 
-	next := openClone(u, u.dir+".new")
-	if err = next.make(ctx, digitsOf(remote), filtered); err == nil {
-		err = u.advance(ctx, next, remote)
-	}
-	if filtered && errors.Is(err, errRefused) {
-		return u.heal(ctx, remote, err)
+	filtered, err := u.canFilter(ctx)
+	if err == nil {
+		err = u.cloneAnew(ctx, remote, filtered && !isRefused)
 	}
 	isDamaged := errors.As(err, &damaged{}) // upstream itself may be
-	if err == nil {
-		err = u.replace(next)
-	}
 	hasHealed := err == nil && !isFirst
 	if isDamaged || hasHealed {
 		u.tried["heal"] = tried{at: time.Now()}
 	}
-
 	switch {
 	case hasHealed:
 		slog.Warn(fmt.Sprintf("%s: cloned anew", redact(u.url)), "reason", why)
-		return u.tidy(ctx)
-	case err == nil:
-		return nil
 	case !isFirst:
 		err = fmt.Errorf("%w; it is to be made anew because %w", err, why)
 	}
-	_ = removeTree(ctx, next.dir)
 	return err
+}
+
+// cloneAnew makes a clone beside the one that is there, if any, which serves until the new one is complete
+// and takes its place.
+func (u *upstream) cloneAnew(ctx context.Context, remote map[string]string, filtered bool) error {
+	next := openClone(u, u.dir+".new")
+	err := next.make(ctx, digitsOf(remote), filtered)
+	if err == nil {
+		err = u.advance(ctx, next, remote)
+	}
+	if filtered && errors.Is(err, errRefused) {
+		return u.cloneAnew(ctx, remote, false)
+	}
+
+	if err == nil {
+		err = u.replace(next)
+	}
+	if err != nil {
+		_ = removeTree(ctx, next.dir)
+		return err
+	}
+	return u.tidy(ctx)
 }
 
 // replace puts a complete clone in our clone's place.
@@ -418,48 +426,6 @@ func (u *upstream) fetchMissing(ctx context.Context, t tree) error {
 		c.noteDamage(err) // the next look mends it
 	}
 	return err
-}
-
-// named returns the commits that a hash of 4 to 64 digits names, of those that ran here and of the history of
-// branch's tip; only of its 100,000 newest, where it is not a whole id.
-func (u *upstream) named(ctx context.Context, branch, hash string, ran []string) ([]string, error) {
-	var commits []string
-	var err error
-	note := func(id string) bool {
-		if strings.HasPrefix(id, hash) {
-			commits = append(commits, id)
-		}
-		return true
-	}
-	for _, c := range ran {
-		note(c)
-	}
-	tip := u.looked(branch).tip
-	switch {
-	case tip == "", slices.Contains(commits, hash):
-	case isHash(hash): // no other commit can be made to have this name: git's word is enough
-		var isIn bool
-		if isIn, err = u.isAncestor(ctx, hash, tip); isIn {
-			note(hash)
-		}
-	default:
-		err = u.history(ctx, tip, note)
-	}
-	slices.Sort(commits)
-	return slices.Compact(commits), err
-}
-
-// isAncestor asks git whether a commit is in the history of another one; one that is not there is not.
-func (u *upstream) isAncestor(ctx context.Context, commit, of string) (bool, error) {
-	c, err := u.ready(ctx)
-	if err != nil {
-		return false, err
-	}
-	_, err = runGit(ctx, "merge-base", c.git("merge-base", "--is-ancestor", commit, of), fetchLimit)
-	if exitCode(err) > 0 {
-		return false, nil
-	}
-	return err == nil, err
 }
 
 // networkGit makes a git that may use the network, and knows upstream as origin. gitDir may be empty.

@@ -22,8 +22,10 @@ import (
 	"gitopper/ctl"
 )
 
-// Bounds of what is remembered of commits that ran, counted of commits that wait, and told of both.
+// Bounds of a walk over history, of what is remembered of commits that ran, counted of commits that wait, and
+// told of both.
 const (
+	maxHistory  = 100_000
 	ranKept     = 50
 	waitingMax  = 10_000
 	waitingTold = 50
@@ -147,6 +149,100 @@ func (s *Service) tally(ctx context.Context) {
 	if ctx.Err() == nil {
 		s.facts.waiting = now
 	}
+}
+
+// history calls visit with each commit that can be reached from one, that first, until visit returns false
+// or 100,000 have been visited. Each is hashed.
+func (u *upstream) history(ctx context.Context, from string, visit func(id string) bool) error {
+	o, err := u.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer o.close()
+
+	seen := map[string]bool{from: true}
+	queue := []string{from}
+	for i := 0; i < len(queue); i++ {
+		if !visit(queue[i]) {
+			return nil
+		}
+		c, err := o.commit(queue[i])
+		if errors.Is(err, errMissing) {
+			o.c.noteDamage(damaged{err}) // git has it, where it has what descends from it
+		}
+		if err != nil {
+			return err
+		}
+		for _, p := range c.parents {
+			if !seen[p] && len(seen) < maxHistory {
+				seen[p] = true
+				queue = append(queue, p)
+			}
+		}
+	}
+	return nil
+}
+
+// descends returns nil if commit is older, or descends from it, or older is empty; else a *refusal (Reason
+// signers).
+func (u *upstream) descends(ctx context.Context, commit, older string) error {
+	if older == "" || older == commit {
+		return nil
+	}
+	met := false
+	err := u.history(ctx, commit, func(id string) bool {
+		met = id == older
+		return !met
+	})
+	if err != nil || met {
+		return err
+	}
+	info := fmt.Sprintf("commit %.8s does not descend from %.8s, which ran here: "+
+		"push a signed commit on top of that", commit, older)
+	return &refusal{version: version{Commit: commit}, Reason: "signers", Info: info}
+}
+
+// named returns the commits that a hash of 4 to 64 digits names, of those that ran here and of the history of
+// branch's tip; only of its 100,000 newest, where it is not a whole id.
+func (u *upstream) named(ctx context.Context, branch, hash string, ran []string) ([]string, error) {
+	var commits []string
+	var err error
+	note := func(id string) bool {
+		if strings.HasPrefix(id, hash) {
+			commits = append(commits, id)
+		}
+		return true
+	}
+	for _, c := range ran {
+		note(c)
+	}
+
+	tip := u.looked(branch).tip
+	switch {
+	case tip == "", slices.Contains(commits, hash):
+	case isHash(hash): // no other commit can be made to have this name: git's word is enough
+		var isIn bool
+		if isIn, err = u.isAncestor(ctx, hash, tip); isIn {
+			note(hash)
+		}
+	default:
+		err = u.history(ctx, tip, note)
+	}
+	slices.Sort(commits)
+	return slices.Compact(commits), err
+}
+
+// isAncestor asks git whether a commit is in the history of another one; one that is not there is not.
+func (u *upstream) isAncestor(ctx context.Context, commit, of string) (bool, error) {
+	c, err := u.ready(ctx)
+	if err != nil {
+		return false, err
+	}
+	_, err = runGit(ctx, "merge-base", c.git("merge-base", "--is-ancestor", commit, of), fetchLimit)
+	if exitCode(err) > 0 {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // between counts the commits that a branch has since another commit, and that changed what dirs link to, and

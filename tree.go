@@ -21,15 +21,13 @@ import (
 	"time"
 )
 
-// Bounds of what a commit may show at a service's links, of a commit or tree object, and of a walk over
-// history.
+// Bounds of what a commit may show at a service's links, and of a commit or tree object.
 const (
 	treeEntries = 100_000
 	treeDepth   = 64
 	maxShown    = 2 << 30
 	maxObject   = 64 << 20
 	maxTree     = 16 << 20
-	maxHistory  = 100_000
 	maxHead     = 1 << 20 // of a commit, up to its author: 20,000 parents
 )
 
@@ -128,6 +126,7 @@ func (c *clone) walkTips(ctx context.Context, remote map[string]string) error {
 	if err != nil {
 		return err
 	}
+
 	commits := slices.Collect(maps.Values(tips))
 	isOld := func(k walkKey, _ walked) bool { return !slices.Contains(commits, k.commit) }
 	maps.DeleteFunc(walks, isOld)
@@ -195,6 +194,7 @@ func parseTree(data []byte, size int) ([]entry, error) {
 		if !ok || !ok2 || len(rest) < size {
 			return nil, errors.New("a tree of it is cut short")
 		}
+
 		sorted := name
 		if mode == "40000" {
 			sorted += "/"
@@ -242,6 +242,7 @@ func (w *walker) list(id string) ([]entry, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	list, err := parseTree(data, len(id)/2)
 	if err != nil {
 		return nil, w.refusal(id, "%v", err)
@@ -317,6 +318,7 @@ func (w *walker) entryAt(top, p string) (entry, error) {
 		if err != nil {
 			return at, err
 		}
+
 		for _, e := range list {
 			isRead := e.name == ".gitattributes" || e.name == ".gitignore"
 			if isRead && strings.HasPrefix(e.mode, "100") {
@@ -427,6 +429,7 @@ func (o *objects) commit(id string) (c commitObject, err error) {
 			c.at = time.Unix(seconds, 0)
 		}
 	}
+
 	isOdd := func(s string) bool { return len(s) != len(id) }
 	if ids == nil || slices.ContainsFunc(ids, isOdd) {
 		info := fmt.Sprintf("commit %.8s is malformed: it begins with %.160q", id, c.text)
@@ -438,57 +441,6 @@ func (o *objects) commit(id string) (c commitObject, err error) {
 
 var commitHead = regexp.MustCompile(`^(tree [0-9a-f]+\n(?:parent [0-9a-f]+\n)*)author ` +
 	`(?:.*\ncommitter .* (\d+) [-+]\d+\n)?`)
-
-// history calls visit with each commit that can be reached from one, that first, until visit returns false
-// or 100,000 have been visited. Each is hashed.
-func (u *upstream) history(ctx context.Context, from string, visit func(id string) bool) error {
-	o, err := u.open(ctx)
-	if err != nil {
-		return err
-	}
-	defer o.close()
-
-	seen := map[string]bool{from: true}
-	queue := []string{from}
-	for i := 0; i < len(queue); i++ {
-		if !visit(queue[i]) {
-			return nil
-		}
-		c, err := o.commit(queue[i])
-		if errors.Is(err, errMissing) {
-			o.c.noteDamage(damaged{err}) // git has it, where it has what descends from it
-		}
-		if err != nil {
-			return err
-		}
-		for _, p := range c.parents {
-			if !seen[p] && len(seen) < maxHistory {
-				seen[p] = true
-				queue = append(queue, p)
-			}
-		}
-	}
-	return nil
-}
-
-// descends returns nil if commit is older, or descends from it, or older is empty; else a *refusal (Reason
-// signers).
-func (u *upstream) descends(ctx context.Context, commit, older string) error {
-	if older == "" || older == commit {
-		return nil
-	}
-	met := false
-	err := u.history(ctx, commit, func(id string) bool {
-		met = id == older
-		return !met
-	})
-	if err != nil || met {
-		return err
-	}
-	info := fmt.Sprintf("commit %.8s does not descend from %.8s, which ran here: "+
-		"push a signed commit on top of that", commit, older)
-	return &refusal{version: version{Commit: commit}, Reason: "signers", Info: info}
-}
 
 // verify checks that a commit carries an SSH signature by one of the allowed signers, whose key is not in
 // the file SIGNERS.revoked, if that exists: on the very bytes that were hashed, as git's gpg-interface.c
@@ -517,6 +469,7 @@ func (u *upstream) verify(ctx context.Context, commit, signers string) error {
 	default:
 		err = verifySSH(ctx, signers, payload, signature, c.at)
 	}
+
 	hasRun := strings.HasPrefix(fmt.Sprint(err), "ssh-keygen")
 	switch {
 	case err == nil:
