@@ -47,11 +47,11 @@ func parseAnswer(answer []byte, heads []string) (rows [][]string, err error) {
 		}
 		rows = append(rows, []string{s.Service, s.Hash, s.State, s.StateInfo, s.Change, s.Committed})
 	}
-	if a.More > 0 {
-		rows = append(rows, []string{"", "", "", fmt.Sprintf("pending: %d more", a.More)})
-	}
 	for _, p := range a.Pending {
 		rows = append(rows, []string{fmt.Sprintf("%.8s", p.Hash), p.Date, p.Author, "pending: " + p.Subject})
+	}
+	if a.More > 0 {
+		rows = append(rows, []string{"", "", "", fmt.Sprintf("pending: %d more", a.More)})
 	}
 	for _, r := range a.Ran {
 		rows = append(rows, []string{fmt.Sprintf("%.8s", r.Hash), r.When, r.By, r.Outcome})
@@ -75,7 +75,7 @@ func (r *report) add(q question, answer []byte) error {
 		if r.several {
 			fmt.Fprintf(&r.text, "==> %s <==\n", q.host.name)
 		}
-		r.text.WriteString(cleanText(string(answer)))
+		r.text.WriteString(clean(string(answer), "\n\t"))
 		return nil
 	}
 
@@ -100,7 +100,7 @@ func (r *report) add(q question, answer []byte) error {
 func (r *report) print(out io.Writer) error {
 	for n, row := range r.table {
 		for i := range row {
-			row[i] = clean(row[i])
+			row[i] = clean(row[i], "")
 		}
 		if !r.several {
 			r.table[n] = slices.Delete(row, 1, 2)
@@ -194,26 +194,16 @@ func formatJSON(answer []byte, host string, several bool) []byte {
 	return b.Bytes()
 }
 
-// clean makes text from afar safe to show on a terminal, on one line.
-func clean(s string) string { return strings.Map(cleanRune, s) }
-
-func cleanRune(r rune) rune {
-	switch {
-	case unicode.IsPrint(r):
-		return r
-	case unicode.IsSpace(r):
-		return ' '
-	}
-	return unicode.ReplacementChar
-}
-
-// cleanText is clean for text of several lines.
-func cleanText(s string) string {
+// clean makes text from afar safe to show on a terminal, on one line but for the controls in keep.
+func clean(s, keep string) string {
 	return strings.Map(func(r rune) rune {
-		if r == '\n' || r == '\t' {
+		switch {
+		case unicode.IsPrint(r), strings.ContainsRune(keep, r):
 			return r
+		case unicode.IsSpace(r):
+			return ' '
 		}
-		return cleanRune(r)
+		return unicode.ReplacementChar
 	}, s)
 }
 
@@ -226,5 +216,5 @@ type lines struct {
 func (l *lines) print(line string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	io.WriteString(l.w, clean(line)+"\n")
+	io.WriteString(l.w, clean(line, "")+"\n")
 }
