@@ -107,12 +107,16 @@ func (s *Service) stillUp(ctx context.Context) error {
 	u := s.unit.Load()
 	hadTrouble := s.last == nil || s.last.err != nil
 	wasSeen := u == nil || u.at.Before(s.facts.seenAt) || hadTrouble && u.at.Equal(s.facts.seenAt)
-	if wasSeen || !u.well(s.action) {
+	if wasSeen {
 		now, err := showUnit(ctx, s.service)
-		isUnknown := err == nil && now.says("LoadState", "not-found")
-		if isUnknown && s.plan == nil { // it may have been installed anew
-			now, err = loadUnit(ctx, s.service, true)
+		if err != nil {
+			return err
 		}
+		u = &now
+	}
+	isUnknown := u.says("LoadState", "not-found")
+	if isUnknown && s.plan == nil { // it may have been installed anew
+		now, err := loadUnit(ctx, s.service, true)
 		if err != nil {
 			return err
 		}
