@@ -431,9 +431,6 @@ func (m *model) state() string {
 
 // settle has rounds done until the state is as it must be, and one more, and then compares all with what it should be.
 func (m *model) settle() {
-	if m.pin == "" {
-		m.edited = map[string]bool{}
-	}
 	for i := 0; ; i++ {
 		err := m.up.lookNow(context.Background(), true)
 		m.s.pass(context.Background())
@@ -458,6 +455,9 @@ func (m *model) settle() {
 		}
 		m.checkEdits() // what can't be read can't be shown
 		return
+	}
+	if m.pin == "" {
+		m.edited = map[string]bool{} // which were undone
 	}
 	if m.pin == "" && !m.isBad(m.tip) {
 		m.good = m.tip
