@@ -5,8 +5,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/sha1"
-	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -312,6 +310,9 @@ func anyBelow(paths []string, dir string) bool {
 // read for that it notes, unless the file changed a moment ago.
 func (f *files) match(ctx context.Context, dir place, name string, st *syscall.Stat_t,
 	known []noted) (blob, error) {
+	if len(known) == 0 {
+		return blob{}, nil
+	}
 	if i := slices.IndexFunc(known, func(n noted) bool { return n.stamp == stampOf(st) }); i >= 0 {
 		return known[i].blob, nil
 	}
@@ -369,10 +370,7 @@ func (f *files) mayRead(size int64, known []noted) bool {
 // contentID computes the id of a blob of size bytes as git does, by the hash of the ids in known. It reads no
 // further than size.
 func contentID(ctx context.Context, r io.Reader, size int64, known []noted) (string, error) {
-	h := sha1.New()
-	if len(known) > 0 && len(known[0].id) == 2*sha256.Size {
-		h = sha256.New()
-	}
+	h := newHash(len(known[0].id))
 	fmt.Fprintf(h, "blob %d\x00", size)
 	for left := size; left > 0; {
 		if err := ctx.Err(); err != nil {
