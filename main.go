@@ -10,7 +10,7 @@
 //     difference live path by path, and keeps local edits (publish.go),
 //  6. bind-mounts files and directories to where the service reads them (mount.go),
 //  7. tells the unit, and watches it settle (systemd.go), or goes back to the last good commit (pass.go), and
-//  8. says how it went (state.go): to operators (ssh.go, commands.go) and to a monitoring system
+//  8. says how it went (state.go): to operators (ssh.go, operator.go) and to a monitoring system
 //     (metrics.go).
 //
 // Reading order: run in this file, then Service.run in service.go, then Service.reconcile in pass.go, which

@@ -49,6 +49,27 @@ const (
 	maxFreeze  = 10 * 365 * 24 * time.Hour // longer is a typing error
 )
 
+// op is what an operator asks of a service.
+type op struct {
+	verb   string       // freeze, unfreeze, rollback or pull
+	hash   string       // rollback: 4 to 64 lower case hex digits
+	until  time.Time    // freeze: zero is until unfreeze
+	reason string       // freeze, rollback
+	who    string       // for the info
+	step   func(string) // told of each step
+}
+
+// opError is an error with an HTTP status text for the client. done says that the operation was carried out
+// all the same.
+type opError struct {
+	status string
+	err    error
+	done   bool
+}
+
+func (e *opError) Error() string { return e.err.Error() }
+func (e *opError) Unwrap() error { return e.err }
+
 // told returns a text as a visitor may read it.
 func (v visitor) told(text string) string {
 	if v.write {
@@ -294,4 +315,159 @@ func parseDuration(word string) (d time.Duration, ok bool) {
 	isWhole := durationPart.ReplaceAllString(word, "") == ""
 	inRange := 0 < seconds && seconds <= int64(maxFreeze/time.Second)
 	return time.Duration(seconds) * time.Second, isWhole && inRange
+}
+
+// operate carries out what an operator asked for, and answers when it is done.
+func (s *Service) operate(ctx context.Context, o op) error {
+	if o.step != nil {
+		s.step = o.step
+		defer func() { s.step = func(string) {} }()
+	}
+	before, last := s.rec, s.last
+	lookErr, err := s.wish(ctx, o)
+	if err != nil {
+		return err
+	}
+	if err := s.save(); err != nil {
+		s.rec, s.last = before, last
+		return &opError{status: "Internal Server Error", err: err}
+	}
+	count.note(s.service, o.verb+" by "+o.who)
+	s.publishStatus()
+
+	ended := s.conclude(ctx, s.reconcile(ctx))
+	switch {
+	case o.verb == "freeze":
+		return nil // what else the pass found is not of it
+	case ended != nil:
+		return &opError{status: "Conflict", err: ended, done: true}
+	case s.last.trouble() != nil:
+		st := s.Status()
+		err := fmt.Errorf("%s is %s: %s", s.service, st.State, oneLine(s.last.trouble().Error()))
+		return &opError{status: "Internal Server Error", err: err, done: true}
+	case lookErr != nil:
+		return &opError{status: "Internal Server Error", err: lookErr, done: true}
+	}
+	return nil
+}
+
+// wish notes what the operator wants; lookErr is what was wrong with a look at upstream that it took, which
+// counts as a missed look.
+func (s *Service) wish(ctx context.Context, o op) (lookErr, err error) {
+	r := &s.rec
+	switch o.verb {
+	case "freeze":
+		runs := s.running()
+		if runs.Commit == "" {
+			err := errors.New("nothing runs yet: there is no commit to freeze")
+			return nil, &opError{status: "Conflict", err: err}
+		}
+		r.Pin = &pin{version: runs, Info: strings.TrimSuffix(o.who+": "+o.reason, ": "), Until: o.until}
+	case "unfreeze":
+		r.Pin = nil // and edits are undone as ever
+		lookErr = s.lookNow(ctx, false)
+	case "pull":
+		if r.Pin != nil {
+			err := fmt.Errorf("pinned (%s): unfreeze it first", r.Pin.Info)
+			return nil, &opError{status: "Conflict", err: err}
+		}
+		r.Refused, r.Suspect = nil, nil
+		if s.Status().state == stateBroken {
+			s.untell() // a unit that went down is brought up
+		}
+		lookErr = s.lookNow(ctx, true)
+	case "rollback":
+		err = s.rollback(ctx, o)
+		if ctx.Err() != nil {
+			err = &opError{status: "Conflict", err: interrupted(ctx)}
+		}
+	}
+	return lookErr, err
+}
+
+// interrupted says what ended ctx: another operator, or our own end.
+func interrupted(ctx context.Context) error {
+	if end, ok := errors.AsType[ending](context.Cause(ctx)); ok {
+		return fmt.Errorf("gitopper is stopping: %w", end)
+	}
+	return context.Cause(ctx)
+}
+
+// lookNow looks at upstream at once, and returns what is wrong with it.
+func (s *Service) lookNow(ctx context.Context, heal bool) error {
+	s.step("fetch")
+	s.within(cloneLimit)
+	return s.up.lookNow(ctx, heal)
+}
+
+// rollback finds out whether the commit can run, changing nothing if it can't, and then pins the service to
+// it.
+func (s *Service) rollback(ctx context.Context, o op) error {
+	if err := s.ensureReady(ctx); err != nil {
+		return &opError{status: "Internal Server Error", err: err}
+	}
+	commit, err := s.named(ctx, o.hash)
+	if err != nil {
+		return err
+	}
+	live := s.files.live()
+	v, err := s.today(ctx, version{Commit: commit}, live)
+	isNew := !slices.Contains(s.rec.ran(), commit) // judged as upstream's newest, but that it need not descend
+	if err == nil && isNew && s.signers != "" {
+		err = s.up.verify(ctx, commit, s.signers)
+	}
+	if err == nil && v.Content != live.Content {
+		var c *candidate
+		c, err = s.layOut(ctx, v)
+		if err == nil && isNew {
+			err = s.precheck(ctx, c)
+		}
+	}
+	if errors.As(err, new(*refusal)) {
+		return &opError{status: "Not Acceptable", err: err}
+	}
+	if err != nil {
+		return &opError{status: "Internal Server Error", err: fmt.Errorf("commit %.8s: %w", commit, err)}
+	}
+
+	info := rollbackInfo(commit) + o.who
+	s.rec.Pin = &pin{version: v, Info: strings.TrimSuffix(info+": "+o.reason, ": "), Undo: true}
+	s.rec.Refused, s.rec.Suspect, s.last = nil, nil, nil
+	return nil
+}
+
+// named returns the commit that an operator's hash names, or an *opError.
+func (s *Service) named(ctx context.Context, hash string) (string, error) {
+	s.within(fetchLimit)
+	commit, err := s.find(ctx, hash, s.rec.ran())
+	oe, _ := errors.AsType[*opError](err)
+	isUnknown := oe != nil && oe.status == "Not Found"
+	if !isUnknown || ctx.Err() != nil {
+		return commit, err
+	}
+
+	lookErr := s.lookNow(ctx, false) // it may be newer than our last look
+	s.within(fetchLimit)
+	commit, err = s.find(ctx, hash, s.rec.ran())
+	if err != nil && lookErr != nil {
+		err = fmt.Errorf("%w; newer ones are not known: %w", err, lookErr)
+	}
+	return commit, err
+}
+
+// find returns the commit that a hash names among those that ran here and in the history that is known of the
+// branch, or an *opError. Everybody may call it.
+func (s *Service) find(ctx context.Context, hash string, ran []string) (string, error) {
+	commits, err := s.up.named(ctx, s.branch, hash, ran)
+	switch {
+	case err != nil:
+		return "", &opError{status: "Internal Server Error", err: err}
+	case len(commits) == 0:
+		err = fmt.Errorf("no such commit: %s is not in the history of %s, nor did it run here", hash, s.branch)
+		return "", &opError{status: "Not Found", err: err}
+	case len(commits) > 1:
+		err = fmt.Errorf("more than one commit begins with %s, give more digits: %s", hash, someOf(commits))
+		return "", &opError{status: "Bad Request", err: err}
+	}
+	return commits[0], nil
 }
