@@ -61,7 +61,7 @@ var otherFamilies = []packageFamily{{
 	big:        "No provider of 'big' found",
 }, {
 	name: "pacman", osRelease: "ID=arch\n", query: "pacman", remove: "pacman -R --noconfirm hello",
-	tools: "pacman-package-manager makepkg fakeroot libarchive-tools",
+	tools: "pacman-package-manager makepkg fakeroot libarchive-tools binutils",
 	sour:  "sour: no licence key; error: command failed to execute correctly",
 	big:   "error: target not found: big",
 	// The outcome of a package's own script means nothing to pacman, that of a hook does.

@@ -311,7 +311,7 @@ func TestLabTroubleHasItsName(t *testing.T) {
 	l.start()
 	l.waitState("crash", "BROKEN", "main process killed by SIGSEGV")
 	l.waitState("before", "BROKEN", "code=killed, status=6/ABRT")
-	l.waitState("program", "BROKEN", "Failed to locate executable /nonesuch: No such file or directory")
+	l.waitState("program", "BROKEN", "status 203", "/nonesuch", "No such file or directory")
 	l.waitCommit("reload", first)
 	l.waitCommit("full", first)
 	u.commit(map[string]string{"reload/conf": "2\n"})
