@@ -321,3 +321,52 @@ func TestOthersConfigEndsNobody(t *testing.T) {
 	d.write("c.toml", d.svc("fallback = true"))
 	r.ends(2)
 }
+
+// TestBootUnwritable: where nothing can be written the mounts are made all the same, and it is told.
+func TestBootUnwritable(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		make func(w *world, state string) error
+		told string
+	}{
+		{"read-only", func(_ *world, state string) error {
+			return syscall.Mount("", state, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, "")
+		}, "read-only file system"},
+		{"full", func(w *world, state string) error {
+			for size := 1 << 20; size > 0; size /= 2 {
+				f, err := os.OpenFile(state+"/filler", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+				for err == nil {
+					_, err = f.Write(make([]byte, size))
+				}
+				f.Close()
+			}
+			return nil
+		}, "no space left on device"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w, d := daemonWorld(t)
+			state := w.dir + "/state"
+			if err := cmp.Or(os.MkdirAll(state, 0o711), syscall.Mount("tmpfs", state, "tmpfs", 0, "size=4m,mode=711")); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = syscall.Unmount(state, syscall.MNT_DETACH) })
+			once(t, 0, "svc "+w.head()[:8]+" OK", "-c", d.file)
+			for _, dir := range w.spec.dirs {
+				_ = syscall.Unmount(dir.local, syscall.MNT_DETACH)
+			}
+			if err := tc.make(w, state); err != nil {
+				t.Fatal(err)
+			}
+			w.commit("etc/app.conf", "two\n")
+			r := start(t, "-t", "100ms", "-c", d.file)
+			r.ready()
+			w.shows("local/etc/app.conf", "one\n")
+			r.logs(tc.told)
+			if err := cmp.Or(syscall.Mount("", state, "", syscall.MS_REMOUNT, "size=4m"), os.RemoveAll(state+"/filler")); err != nil {
+				t.Fatal(err)
+			}
+			r.metrics(`gitopper_service_state{service="svc"} 0`)
+			eventually(t, "all is well", func() bool { return w.read("local/etc/app.conf") == "two\n" })
+		})
+	}
+}

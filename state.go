@@ -181,10 +181,12 @@ type record struct {
 // lock makes us the only gitopper on a state directory, until the returned function is called or we end,
 // however. Users' clones lie below the directory, so they may pass through it; they can't list it.
 func lock(dir string) (unlock func(), err error) {
-	if err := errors.Join(os.MkdirAll(dir, 0o711), os.Chmod(dir, 0o711)); err != nil {
-		return nil, fmt.Errorf("state directory: %w", err)
+	_ = errors.Join(os.MkdirAll(dir, 0o711), os.Chmod(dir, 0o711)) // what is wrong the next step tells
+	name := filepath.Join(dir, "lock")
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	if errors.Is(err, syscall.EROFS) {
+		f, err = os.Open(name)
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
@@ -194,13 +196,9 @@ func lock(dir string) (unlock func(), err error) {
 		return nil, fmt.Errorf("another gitopper, pid %s, works with %s: end that one first",
 			bytes.TrimSpace(pid), dir)
 	}
-	err = f.Truncate(0)
-	if err == nil {
-		_, err = f.WriteAt(fmt.Appendln(nil, os.Getpid()), 0)
-	}
-	if err != nil {
-		_ = f.Close()
-		return nil, fmt.Errorf("state directory: %w", err)
+	// What can't be written, as on a full disk, keeps no mount from being made.
+	if err := f.Truncate(0); err == nil {
+		_, _ = f.WriteAt(fmt.Appendln(nil, os.Getpid()), 0)
 	}
 	return func() { _ = f.Close() }, nil
 }
