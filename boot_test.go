@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // reboot gives the host a new boot id in effect: the unit was told in another one, and no mount is there.
@@ -89,6 +90,32 @@ func TestBootAdministratorsWish(t *testing.T) {
 			w.want("OK", "", "one\n", "start")
 		})
 	}
+}
+
+// TestBootStoppedThenUp: a unit that is up again, by the list of all, which does not tell whether it is enabled, was not
+// stopped.
+func TestBootStoppedThenUp(t *testing.T) {
+	w := okWorld(t)
+	w.unit("active\nUnitFileState=enabled")
+	w.reconcile()
+	w.unit("inactive\nUnitFileState=disabled")
+	w.reboot()
+	w.reconcile()
+	w.want("BROKEN", "stays down", "one\n", "")
+
+	since := sinceBoot() + time.Second
+	w.unit(fmt.Sprintf("active\nUnitFileState=disabled\n%s=%d", enteredActive, since.Microseconds()))
+	units, err := lookUnits(t.Context(), unitNames{w.spec.service: w.spec.service}, w.spec.service)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.s.unit.Store(&units[0])
+	w.reconcile()
+	w.want("OK", "", "one\n", "")
+	w.unit("inactive\nUnitFileState=disabled")
+	w.reboot()
+	w.reconcile()
+	w.want("OK", "", "one\n", "start")
 }
 
 // TestBootStoppedIsNoTrial: a commit that comes later brings the unit up, as ever, and one that was just told when the power

@@ -74,6 +74,7 @@ func (s *Service) toldByBoot(ctx context.Context) (bool, error) {
 	case err != nil:
 		return false, err
 	case s.rec.Told.staysDown(&u, s.action):
+		s.rec.Told.Left = leftStopped
 		return false, fmt.Errorf("%s stays down, for an administrator had stopped it before the boot: "+
 			"start it, or do pull", u.is["Id"])
 	case s.facts.mounted == 0, !u.running(), u.since() <= s.facts.mounted:

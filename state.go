@@ -75,8 +75,8 @@ func (t *told) note(u *unit, action string) {
 		if isDown || u.is["UnitFileState"] != "" { // which a list of units does not tell
 			t.Left = u.is["UnitFileState"]
 		}
-	case !u.stopped(), t.staysDown(u, action):
-	case isDown:
+	case !u.stopped():
+	case isDown, t.staysDown(u, action):
 		t.Left = leftStopped
 	default:
 		t.Left = leftDown
