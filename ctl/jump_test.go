@@ -106,6 +106,14 @@ func TestBastion(t *testing.T) {
 	if status != 0 || strings.Count(stdout, "\n") != 4 || strings.Count(stderr, ": new host, key ") != 2 {
 		t.Errorf("status %d, stdout %s, stderr %s", status, stdout, stderr)
 	}
+	// More hosts than an sshd lets in at a time.
+	args := []string{"-J", "jump", "list", "service"}
+	for range 20 {
+		args = append(args, "@"+serve(t, "127.0.0.1", answers(nginx), nil).addr)
+	}
+	if status, stdout, stderr := call(t, args...); status != 0 || strings.Count(stdout, "\n") != 21 {
+		t.Errorf("status %d, stdout %s, stderr %s", status, stdout, stderr)
+	}
 	// The hosts' keys are still ours to check: they are known under their own names.
 	if status, _, stderr := call(t, "list", "service", "@"+a.addr, "-J=jump"); status != 0 || stderr != "" {
 		t.Errorf("status %d, stderr %s", status, stderr)
