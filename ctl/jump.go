@@ -65,8 +65,9 @@ func through(ctx context.Context, bastion string) way {
 		}
 
 		go func() {
-			io.Copy(in, theirs)
-			end() // we have closed our end
+			if _, err := io.Copy(in, theirs); err == nil {
+				end() // we have closed our end
+			}
 		}()
 		go func() {
 			err := cmd.Wait()
