@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path"
@@ -151,7 +150,7 @@ func (t *mountTable) makeTargets(dirs []dir, a account, save func() error) error
 
 // remember notes what has to be made to mount on local: later nobody could tell whose it is.
 func (t *mountTable) remember(local string) {
-	for p := local; p != "/" && !lexists(p); p = filepath.Dir(p) {
+	for p := local; !lexists(p); p = filepath.Dir(p) {
 		if !slices.Contains(t.Made, p) {
 			t.Made = append(t.Made, p)
 		}
@@ -263,7 +262,7 @@ func (t *mountTable) own(mounts []mountPoint, wants []shown) (own []mountPoint) 
 
 // resolve returns where a path leads, also when its end is missing.
 func resolve(name string) string {
-	for at := name; at != "/" && at != "."; at = filepath.Dir(at) {
+	for at := name; at != "."; at = filepath.Dir(at) { // "/" is there
 		if real, err := filepath.EvalSymlinks(at); err == nil {
 			return path.Join(real, strings.TrimPrefix(name, at))
 		}
@@ -274,9 +273,9 @@ func resolve(name string) string {
 // shows says whether local shows today's link of the checkout. It is false for a mount that is missing,
 // stale, foreign or covered by another one.
 func shows(checkout, link, local string) bool {
-	a, err1 := os.Lstat(checkout + "/" + link)
-	b, err2 := os.Stat(local)
-	return err1 == nil && err2 == nil && os.SameFile(a, b)
+	a, _ := os.Lstat(checkout + "/" + link)
+	b, _ := os.Stat(local)
+	return os.SameFile(a, b) // false where one is not there
 }
 
 // mount makes w's local show its link, by a mount of the link's very descriptor, in place of a mount of ours
@@ -359,8 +358,7 @@ func (w shown) source(uid int) (place, error) {
 // seen without; before Linux 6.5, which can't, what lies beneath shows for an instant.
 func replaceMount(src, dst place, local string) error {
 	err := swapBeneath(src, dst)
-	old := errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOSYS)
-	if !old {
+	if isOld := slices.Contains([]error{syscall.EINVAL, syscall.ENOSYS}, err); !isOld {
 		return err
 	}
 	if err := syscall.Unmount(dst.path(), syscall.MNT_DETACH); err != nil {
@@ -408,7 +406,7 @@ func unbind(point string) error {
 func unmake(made, needed []string) (stay []string) {
 	for _, name := range slices.Backward(made) {
 		inIt := func(p string) bool { return within(p, name) }
-		if slices.ContainsFunc(needed, inIt) || slices.ContainsFunc(stay, inIt) {
+		if slices.ContainsFunc(slices.Concat(needed, stay), inIt) {
 			stay = append(stay, name)
 			continue
 		}
@@ -417,17 +415,16 @@ func unmake(made, needed []string) (stay []string) {
 			continue // its directory is gone, or no longer root's to walk
 		}
 		at := dir.path() + "/" + filepath.Base(name)
-		if fi, serr := os.Lstat(at); serr != nil {
-			err = serr
-		} else if fi.IsDir() {
+		st, err := dir.lstat(filepath.Base(name))
+		isEmptyFile := st.Mode&syscall.S_IFMT == syscall.S_IFREG && st.Size == 0
+		switch {
+		case isDir(st):
 			err = syscall.Rmdir(at)
-		} else if fi.Mode().IsRegular() && fi.Size() == 0 {
-			err = os.Remove(at)
+		case isEmptyFile:
+			err = syscall.Unlink(at)
 		}
 		dir.close()
-
-		theirs := errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, fs.ErrNotExist)
-		if err != nil && !theirs {
+		if except(err, syscall.ENOENT, syscall.ENOTEMPTY) != nil {
 			stay = append(stay, name)
 		}
 	}
@@ -513,5 +510,5 @@ func (s source) below(m mountPoint) (rest string, ok bool) {
 func privateNamespace() bool {
 	a, err1 := os.Readlink("/proc/self/ns/mnt")
 	b, err2 := os.Readlink("/proc/1/ns/mnt")
-	return err1 == nil && err2 == nil && a != b
+	return errors.Join(err1, err2) == nil && a != b
 }

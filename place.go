@@ -150,7 +150,8 @@ func (p place) follow(name string, trusted bool) (place, []string, error) {
 
 // pathParts returns the components of a path.
 func pathParts(path string) []string {
-	return slices.DeleteFunc(strings.Split(path, "/"), func(c string) bool { return c == "" || c == "." })
+	isNone := func(c string) bool { return slices.Contains([]string{"", "."}, c) }
+	return slices.DeleteFunc(strings.Split(path, "/"), isNone)
 }
 
 // placeAt opens one component, and itself where that is a symbolic link.
