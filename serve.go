@@ -115,8 +115,8 @@ func (s *Service) stillUp(ctx context.Context) error {
 		}
 		u = &now
 	}
-	isUnknown := u.says("LoadState", "not-found")
-	if isUnknown && s.plan == nil { // it may have been installed anew
+	isMissing := u.down() && u.says("LoadState", "not-found")
+	if isMissing && s.plan == nil { // it may have been installed anew
 		now, err := loadUnit(ctx, s.service, true)
 		if err != nil {
 			return err

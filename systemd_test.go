@@ -386,6 +386,21 @@ func TestUnitDaemonReload(t *testing.T) {
 	}
 }
 
+// TestUnitVanishes: one that runs on without its file is left alone; one that is down is looked for before it
+// is called missing.
+func TestUnitVanishes(t *testing.T) {
+	w := okWorld(t)
+	w.write("fake/svc.service", "active\nLoadState=not-found")
+	w.reconcile()
+	w.want("OK", "", "one\n", "")
+	w.write("fake/svc.service", "inactive\nLoadState=not-found")
+	w.reconcile()
+	w.want("BROKEN", "unit svc.service does not exist", "one\n", "daemon-reload")
+	w.write("fake/reloaded-svc.service", "inactive\nResult=success")
+	w.reconcile()
+	w.want("BROKEN", "unit svc.service is inactive", "one\n", "daemon-reload")
+}
+
 // TestUnitActionFails: the verb and systemd's words are told to everybody, the journal's to those who may
 // read them; a job that is left is cancelled, and counted.
 func TestUnitActionFails(t *testing.T) {
