@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -336,7 +337,7 @@ func (m *model) ask(verb string) {
 	if p := m.s.rec.Pin; p != nil {
 		m.pin = p.Commit
 	}
-	oe, _ := err.(*opError)
+	oe, _ := errors.AsType[*opError](err)
 	refused := oe != nil && !oe.done
 	switch {
 	case verb == "freeze" && err != nil:

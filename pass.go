@@ -120,6 +120,9 @@ func (s *Service) ensureReady(ctx context.Context) error {
 	if err := s.prepare(ctx, known); err != nil {
 		return err
 	}
+	if live := s.files.live(); live.Commit != "" {
+		s.noteRan(live) // a kill may have come before that
+	}
 	s.facts.ready = true
 	return nil
 }

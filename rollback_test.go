@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 )
@@ -52,6 +53,25 @@ func TestRollbackToAnyCommit(t *testing.T) {
 		w.calls()
 		w.want("FREEZE", "ROLLBACK: "+want.commit[:8], want.text, "")
 	}
+}
+
+// TestRollbackToWhatIsLive works also where a kill came before the record knew that it ran, and with neither
+// clone nor upstream.
+func TestRollbackToWhatIsLive(t *testing.T) {
+	w := okWorld(t)
+	live := w.commit("etc/app.conf", "two\n")
+	w.reconcile()
+	w.upstreamGoes()
+	w.editRecord(func(r *record) { r.Ran = r.Ran[:1] })
+	if err := os.RemoveAll(w.dir + "/state/upstreams"); err != nil {
+		t.Fatal(err)
+	}
+	w.restart()
+	w.calls()
+	if err := w.op("rollback", live[:8]); err != nil {
+		t.Error(err)
+	}
+	w.want("FREEZE", "ROLLBACK: "+live[:8], "two\n", "")
 }
 
 // TestRollbackNames: what an operator's hash does not name is told as what it is, and changes nothing.
