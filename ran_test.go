@@ -383,7 +383,16 @@ func TestDiffOverSSH(t *testing.T) {
 			t.Errorf("%s: %d %q %q", command, status, out, errs)
 		}
 	}
-	out, errs, status := f.ask(f.client(f.ro), "/list/log svc.service")
+	w.commit("etc/app.conf", strings.Repeat("0123456789\n", 100_000))
+	w.reconcile()
+	out, errs, status := f.stock(f.options("rw", "127.0.0.1", "/list/diff svc.service")...)
+	if status != 0 || len(out) < diffTold-100 || !strings.HasSuffix(out, " bytes in all\n") {
+		t.Errorf("much: %d, %d bytes, %q", status, len(out), errs)
+	}
+	w.back("HEAD^")
+	w.git(w.work, "push", "-q", "-f", "origin", "HEAD:main")
+	w.reconcile()
+	out, errs, status = f.ask(f.client(f.ro), "/list/log svc.service")
 	if status != 0 || errs != "" || !strings.Contains(out, `"pending":[{"hash":"`+hash) {
 		t.Errorf("%d %q %q", status, out, errs)
 	}

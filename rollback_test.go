@@ -129,4 +129,9 @@ func TestRollbackSHA256(t *testing.T) {
 		t.Error(err)
 	}
 	w.want("FREEZE", "ROLLBACK: "+first[:8], "one\n", "reload")
+	w.wantPending("c")
+	got, err := w.s.preview(t.Context(), "")
+	if err != nil || !strings.HasSuffix(got, "@@ -1 +1 @@\n-one\n+two\n") {
+		t.Errorf("%v: %s", err, got)
+	}
 }
