@@ -397,3 +397,39 @@ func TestBootUnwritable(t *testing.T) {
 		})
 	}
 }
+
+// TestBootBootstrapped: a host whose config comes from upstream has its mounts, also where that is away and the config in
+// the checkout is spoilt; and mends it when upstream is back.
+func TestBootBootstrapped(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		kept bool
+		pull []string
+	}{
+		{"the last right config is kept", true, nil},
+		{"and an existing checkout is to be brought up to date", true, []string{"-P"}},
+		{"no right config is there", false, nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w, d := daemonWorld(t)
+			args := append([]string{"-U", "file://" + w.bare, "-M", w.dir + "/own", "-c", "config.toml"}, tc.pull...)
+			hash := w.commit(bootConfig(d, "")...)
+			once(t, 0, fmt.Sprintf("gitopper %.8s OK\nsvc %.8s OK", hash, hash), args...)
+			w.unmountAll()
+			w.upstreamGoes()
+			w.write("own/gitopper/gitopper/config.toml", "[")
+			if !tc.kept {
+				if err := os.Remove(keptFile(w.dir + "/state")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r := start(t, append(args, "-r", "-t", "100ms")...)
+			r.ready()
+			w.shows("local/etc/app.conf", "one\n")
+			r.metrics("gitopper_config_ok 0")
+			w.upstreamComes()
+			r.metrics("gitopper_config_ok 1", `gitopper_service_state{service="gitopper"} 0`, `gitopper_service_state{service="svc"} 0`)
+			w.shows("local/etc/app.conf", "one\n")
+		})
+	}
+}
