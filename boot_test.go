@@ -92,6 +92,24 @@ func TestBootAdministratorsWish(t *testing.T) {
 	}
 }
 
+// TestBootMasked: what else keeps a stopped unit down is told as that.
+func TestBootMasked(t *testing.T) {
+	for _, tc := range []struct{ unit, told, calls string }{
+		{"inactive\nLoadState=masked\nLoadError=x Unit svc.service is masked.", "Unit svc.service is masked.", ""},
+		{"inactive\nLoadState=not-found", "does not exist", "daemon-reload"},
+	} {
+		w := okWorld(t)
+		w.unit("inactive")
+		w.reconcile()
+		w.reconcile()
+		w.unit(tc.unit)
+		w.reboot()
+		w.calls()
+		w.reconcile()
+		w.want("BROKEN", tc.told, "one\n", tc.calls)
+	}
+}
+
 // TestBootStoppedThenUp: a unit that is up again, by the list of all, which does not tell whether it is enabled, was not
 // stopped.
 func TestBootStoppedThenUp(t *testing.T) {

@@ -163,8 +163,8 @@ func (u *unit) running() bool { return u.says("ActiveState", "active", "reloadin
 
 // stopped says whether the unit was stopped, or ended by itself, without a failure and for now.
 func (u *unit) stopped() bool {
-	isWell := u.says("Result", "success") && u.says("Job", "")
-	return u.says("ActiveState", "inactive") && isWell
+	isWell := u.says("LoadState", "loaded") && u.says("Result", "success")
+	return isWell && u.says("ActiveState", "inactive") && u.says("Job", "")
 }
 
 // up says whether a unit runs as it should: active; or a oneshot that ended well; or waiting to be triggered.
