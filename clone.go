@@ -188,8 +188,8 @@ func (c *clone) parts(digits int, filtered bool) []part {
 	}
 }
 
-// make makes an empty clone.
-func (c *clone) make(ctx context.Context, digits int, filtered bool) error {
+// create makes an empty clone.
+func (c *clone) create(ctx context.Context, digits int, filtered bool) error {
 	parent := filepath.Dir(c.dir)
 	if err := os.MkdirAll(parent, 0o711); err != nil {
 		return err
@@ -317,9 +317,9 @@ var (
 	errRefused = errors.New("upstream refuses single objects")
 	refusing   = regexp.MustCompile(`unadvertised object|not our ref`)
 	// incomplete is what git says of a damaged pack in the clone, too: it does not replace one that upstream
-	// sends again.
+	// sends again, or tells that they differ.
 	incomplete = regexp.MustCompile(
-		`did not send all necessary objects|could not fetch \w+ from promisor remote`)
+		`did not send all necessary objects|could not fetch \w+ from promisor remote|differ in contents`)
 	shallow = regexp.MustCompile(`shallow roots are not allowed|/shallow_`)
 	atLimit = regexp.MustCompile(
 		`signal 25|[Oo]ut of memory|File too large|Cannot allocate|async thread|invalid index-pack`)

@@ -361,7 +361,7 @@ func (u *upstream) heal(ctx context.Context, remote map[string]string, why error
 // and takes its place.
 func (u *upstream) cloneAnew(ctx context.Context, remote map[string]string, filtered bool) error {
 	next := openClone(u, u.dir+".new")
-	err := next.make(ctx, digitsOf(remote), filtered)
+	err := next.create(ctx, digitsOf(remote), filtered)
 	if err == nil {
 		err = u.advance(ctx, next, remote)
 	}
@@ -448,12 +448,12 @@ var hints = []struct {
 		"there is no such repository, or not for this login"},
 	{regexp.MustCompile(`Permission denied \(|Too many authentication failures`),
 		"the server accepts none of the keys in ~/.ssh: give it the public one, as a deploy key"},
-	{regexp.MustCompile(`Host key for .* has changed`),
+	{regexp.MustCompile(`[Hh]ost key for .* has changed`),
 		"if that is meant, put the server's new key into ~/.ssh/known_hosts; else somebody is in between"},
 	{regexp.MustCompile(`Host key verification failed`),
 		"the server's key is not in ~/.ssh/known_hosts: ssh-keyscan, and compare its fingerprint"},
 	{regexp.MustCompile(`dubious ownership`), "give the repository to the user that git runs as"},
-	{regexp.MustCompile(`certificate verification failed|SSL certificate problem`),
+	{regexp.MustCompile(`(certificate|server) verification failed|SSL certificate problem`),
 		"name the CA's file in GIT_SSL_CAINFO in our environment, if it is one of your own"},
 	{regexp.MustCompile(`signal 25|File too large`),
 		"that would take more than half of what is free on the disk of the clones: make room there"},
@@ -461,17 +461,22 @@ var hints = []struct {
 		"GIT_SSL_CAINFO must name a file that the user that git runs as can read"},
 }
 
+// hintFor returns the way out of what was said to a user with that home, "" where we know none.
+func hintFor(said, home string) string {
+	for _, h := range hints {
+		if h.words.MatchString(said) {
+			return ": " + strings.ReplaceAll(h.hint, "~", home)
+		}
+	}
+	return ""
+}
+
 // runNetworkGit runs a git that may use the network. Our hint stands beside its own words.
 func (u *upstream) runNetworkGit(ctx context.Context, cmd *exec.Cmd, verb string, limit time.Duration,
 	fileSize uint64) ([]byte, error) {
 	out, err := runGit(ctx, verb+" "+redact(u.url), cmd, limit, fileSize)
-	if err == nil {
-		return out, nil
-	}
-	for _, h := range hints {
-		if h.words.MatchString(err.Error()) {
-			return out, fmt.Errorf("%w: %s", err, strings.ReplaceAll(h.hint, "~", u.acct.Load().home))
-		}
+	if err != nil {
+		err = fmt.Errorf("%w%s", err, hintFor(err.Error(), u.acct.Load().home))
 	}
 	return out, err
 }

@@ -100,6 +100,29 @@ func TestGitOwnCA(t *testing.T) {
 	}
 }
 
+// TestGitHints: what other versions than this machine's say of the same.
+func TestGitHints(t *testing.T) {
+	for said, want := range map[string]string{
+		"server certificate verification failed. CAfile: none CRLfile: none":                 "GIT_SSL_CAINFO",
+		"server verification failed: certificate signer not trusted. (CAfile: /x)":           "GIT_SSL_CAINFO",
+		"SSL certificate problem: unable to get local issuer certificate":                    "GIT_SSL_CAINFO",
+		"Problem with the SSL CA cert (path? access rights?)":                                "can read",
+		"error setting certificate file: /x":                                                 "can read",
+		"Host key for h has changed and you have requested strict checking.":                 "/home/x/.ssh/known_hosts",
+		"ED25519 host key for h has changed and you have requested strict checking.":         "if that is meant",
+		"Host key verification failed.; fatal: Could not read from remote repository.":       "ssh-keyscan",
+		"Received disconnect from h: Too many authentication failures":                       "/home/x/.ssh:",
+		"ERROR: Repository not found.; fatal: Could not read from remote repository.":        "no such repository",
+		"could not read Password for 'https://me@h': terminal prompts disabled":              "/home/x/.netrc",
+		"unable to access 'https://h/': Could not resolve host: h":                           "",
+		"detected dubious ownership in repository at '/x'; To add an exception for this dir": "give the repository",
+	} {
+		if got := hintFor(said, "/home/x"); !strings.Contains(got, want) || (want == "") != (got == "") {
+			t.Errorf("%s: %q, want %q", said, got, want)
+		}
+	}
+}
+
 // advised fails unless an error has git's words and our hint, and nothing of what git says to configure.
 func advised(t *testing.T, err error, words, hint string) {
 	t.Helper()
