@@ -54,8 +54,7 @@ func (r *record) ran() (commits []string) {
 
 // noteRan remembers what is live among what ran here; also after a kill between the manifest and the record.
 func (s *Service) noteRan(live version) {
-	n := len(s.rec.Ran)
-	if n > 0 && s.rec.Ran[n-1].Commit == live.Commit {
+	if s.rec.lastRan().Commit == live.Commit {
 		return
 	}
 	if live.Commit == s.up.looked(s.branch).tip {
@@ -69,14 +68,22 @@ func (s *Service) noteRan(live version) {
 	} else if suspect != nil && live.Content == s.rec.Good.Content {
 		by = fmt.Sprintf("take-back of %.8s", suspect.Commit)
 	}
-	s.rec.Ran = lastRan(append(s.rec.Ran, ran{live, time.Now(), by, ""}))
+	s.rec.Ran = pruneRan(append(s.rec.Ran, ran{live, time.Now(), by, ""}))
 }
 
 // rollbackInfo is how the info of a rollback's pin begins.
 func rollbackInfo(commit string) string { return fmt.Sprintf("ROLLBACK: %.8s, ", commit) }
 
-// lastRan returns the last 50, and of the last 50 commits the last time that each ran.
-func lastRan(all []ran) (kept []ran) {
+// lastRan is what went live last, a zero one where nothing did.
+func (r *record) lastRan() *ran {
+	if n := len(r.Ran); n > 0 {
+		return &r.Ran[n-1]
+	}
+	return &ran{}
+}
+
+// pruneRan returns the last 50, and of the last 50 commits the last time that each ran.
+func pruneRan(all []ran) (kept []ran) {
 	seen := map[string]bool{}
 	for i, r := range slices.Backward(all) {
 		isRecent := len(all)-i <= ranKept
@@ -92,9 +99,8 @@ func lastRan(all []ran) (kept []ran) {
 
 // noteOutcome remembers what came of what went live last, unless that has been well before.
 func (s *Service) noteOutcome(text string) {
-	n := len(s.rec.Ran)
-	if n > 0 && s.rec.Ran[n-1].Outcome != stateOK.String() {
-		s.rec.Ran[n-1].Outcome = text
+	if last := s.rec.lastRan(); last.Outcome != stateOK.String() {
+		last.Outcome = text
 	}
 }
 
@@ -106,13 +112,14 @@ func (s *Service) noteTrouble(err error) {
 	}
 }
 
-// waiting is what upstream has that does not run, and when what runs was committed: immutable, and true as
-// long as the same runs and upstream's newest commit shows the service the same.
+// waiting is what upstream has that does not run, and when what runs was committed. Nobody changes it.
 type waiting struct {
 	Pending   int       // commits that would change the service
 	Committed time.Time // of what runs; zero: not known
 	commits   []ctl.Commit
-	runs, tip version
+
+	runs     string    // the commit that Committed is of
+	contents [2]string // of what runs and of upstream's newest, when commits were asked for
 }
 
 // tally finds out what waits. It asks git only where what runs or what upstream shows of it has changed, and
@@ -124,26 +131,26 @@ func (s *Service) tally(ctx context.Context) {
 	if err != nil {
 		tip.Content = tip.Commit // nothing of it can be shown
 	}
-	now := waiting{runs: runs, tip: tip, Committed: old.Committed}
+	now := waiting{runs: runs.Commit, contents: [2]string{runs.Content, tip.Content}}
 	if runs.Commit == "" || tip.Commit == "" {
 		s.facts.waiting = now
 		return
 	}
 
-	if runs.Commit != old.runs.Commit || old.Committed.IsZero() {
+	if now.Committed = old.Committed; now.runs != old.runs || now.Committed.IsZero() {
 		w, _ := s.up.walk(ctx, runs.Commit, s.dirs)
 		now.Committed = w.committed
 	}
 	switch {
 	case tip.Content == runs.Content:
-	case tip.Content == old.tip.Content && runs.Content == old.runs.Content:
+	case now.contents == old.contents:
 		now.Pending, now.commits = old.Pending, old.commits
 	default:
 		s.within(localLimit)
 		now.commits, now.Pending, err = s.up.between(ctx, runs.Commit, tip.Commit, s.dirs)
 		now.Pending = max(1, now.Pending) // also where upstream went back, or git fails
 		if err != nil {
-			now.tip = version{} // git is asked again
+			now.contents = [2]string{} // git is asked again
 		}
 	}
 	if ctx.Err() == nil {

@@ -273,8 +273,8 @@ func parseOp(words []string, now time.Time) (op, error) {
 
 	// A number first is meant as a duration, even if it is none: a typing error must not freeze for ever.
 	case len(rest) > 0 && strings.IndexAny(strings.TrimLeft(rest[0], "+-."), "0123456789") == 0:
-		d, ok := parseDuration(rest[0])
-		if !ok {
+		d := parseDuration(rest[0])
+		if d == 0 {
 			return o, sshError("Bad Request", "duration %q: want one word of numbers and s, m, h, d or w, "+
 				"such as 90m, 1h30m or 2d, up to ten years; a reason begins with a letter", rest[0])
 		}
@@ -294,27 +294,37 @@ func parseOp(words []string, now time.Time) (op, error) {
 	return o, nil
 }
 
+var isHashPrefix = regexp.MustCompile(`^[0-9a-f]{4,64}$`).MatchString
+
 func parseHash(word string) (string, error) {
 	hash := strings.ToLower(word)
-	if len(hash) < 4 || len(hash) > 64 || strings.Trim(hash, "0123456789abcdef") != "" {
+	if !isHashPrefix(hash) {
 		return "", sshError("Bad Request", "hash %q: want 4 to 64 hex digits", word)
 	}
 	return hash, nil
 }
 
-var durationPart = regexp.MustCompile(`(\d{1,9})([smhdw])`)
+var (
+	isDuration   = regexp.MustCompile(`^(\d{1,9}[smhdw])+$`).MatchString
+	durationPart = regexp.MustCompile(`(\d+)(.)`)
+)
 
-// parseDuration reads 90m, 1h30m or 2d: time.ParseDuration knows no days, and more than we offer.
-func parseDuration(word string) (d time.Duration, ok bool) {
+// parseDuration reads 90m, 1h30m or 2d: time.ParseDuration knows no days, and more than we offer. It is 0 where
+// that makes no sense.
+func parseDuration(word string) time.Duration {
+	if !isDuration(word) {
+		return 0
+	}
 	units := map[string]int64{"s": 1, "m": 60, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
 	seconds := int64(0)
 	for _, part := range durationPart.FindAllStringSubmatch(word, -1) {
 		n, _ := strconv.ParseInt(part[1], 10, 64)
 		seconds += n * units[part[2]]
 	}
-	isWhole := durationPart.ReplaceAllString(word, "") == ""
-	inRange := 0 < seconds && seconds <= int64(maxFreeze/time.Second)
-	return time.Duration(seconds) * time.Second, isWhole && inRange
+	if seconds > int64(maxFreeze/time.Second) {
+		return 0
+	}
+	return time.Duration(seconds) * time.Second
 }
 
 // operate carries out what an operator asked for, and answers when it is done.

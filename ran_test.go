@@ -109,10 +109,10 @@ func TestLogRanBroken(t *testing.T) {
 	w.wantRan(bad[:8] + " commit|OK")
 }
 
-// TestLastRan: the last fifty, and what is needed for the last fifty commits.
-func TestLastRan(t *testing.T) {
+// TestPruneRan: the last fifty, and what is needed for the last fifty commits.
+func TestPruneRan(t *testing.T) {
 	var all []ran
-	add := func(commit string) { all = lastRan(append(all, ran{version: version{Commit: commit}})) }
+	add := func(commit string) { all = pruneRan(append(all, ran{version: version{Commit: commit}})) }
 	for i := range 60 {
 		add(fmt.Sprint(i))
 	}
