@@ -21,8 +21,8 @@ var (
 	logHeads     = []string{"#", "MACHINE", "HASH", "WHEN", "BY", "OUTCOME"}
 )
 
-// parseAnswer returns the cells below the heads, but for a row's number and who answers. What else there is in
-// the answer was not asked for.
+// parseAnswer returns the cells below the heads, but for a row's number and who answers. What else is in the
+// answer was not asked for.
 func parseAnswer(answer []byte, heads []string) (rows [][]string, err error) {
 	var a struct {
 		Machines
