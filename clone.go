@@ -157,7 +157,7 @@ func (u *upstream) inObjects(name string, do func(root *os.Root, name string)) {
 }
 
 const (
-	skeletonHead   = "ref: refs/heads/none\n"
+	unbornHead     = "ref: refs/heads/none\n"
 	filteredConfig = "[gitopper]\n\tfiltered = true\n" // git knows no such section
 )
 
@@ -183,7 +183,7 @@ func (c *clone) parts(digits int, filtered bool) []part {
 	return []part{
 		{"", open, uid, ""}, {"/refs", open, uid, ""},
 		{"/objects", os.ModeDir | 0o700, c.u.acct.Load().uid, ""},
-		{"/HEAD", plain, uid, skeletonHead}, {"/config", plain, uid, config},
+		{"/HEAD", plain, uid, unbornHead}, {"/config", plain, uid, config},
 		{"/packed-refs", plain, uid, refsText(c.tips)},
 	}
 }

@@ -423,9 +423,9 @@ func public(text string) string { return unmark(marked.ReplaceAllString(text, ""
 
 var secrets = []*regexp.Regexp{ // what stands between the groups is kept from others
 	regexp.MustCompile(`(https?://)[^/\s]*(@)`),
-	regexp.MustCompile(`(\w+://)[^/\s:@]*:[^/]*(@)`),              // with blanks, too
-	regexp.MustCompile(`(https?://)[^/\s:@]*:\d*[^\d/\s@]\S*(@)`), // with slashes: not a port then
-	regexp.MustCompile(`()[^\s/:@'"]+:[^\s/@]+(@)`),               // as git quotes the host of a git:// URL
+	regexp.MustCompile(`(\w+://)[^/\s:@]*:[^/]*(@)`),           // with blanks, too
+	regexp.MustCompile(`(\w+://)[^/\s:@]*:\d*[^\d/\s@]\S*(@)`), // with slashes: not a port then
+	regexp.MustCompile(`()[^\s/:@'"]+:[^\s/@]+(@)`),            // as git quotes the host of a git:// URL
 	regexp.MustCompile(`([?&][\w-]*(?:token|key|secret|password)[\w-]*=)[^&\s'"]+()`),
 }
 

@@ -60,6 +60,7 @@ func TestRedact(t *testing.T) {
 		"unable to look up user:s3cret@h (port)": "unable to look up ***@h (port)",
 		"https://user:pa ss@h/x":                 "https://***@h/x",
 		"'https://user:pa/s@s@h/x'":              "'https://***@h/x'",
+		"ssh://user:pa/ss@h/x ssh://u:p@ss@h":    "ssh://***@h/x ssh://***@h",
 		"https://***@h/x ssh://***@h:22/x":       "https://***@h/x ssh://***@h:22/x",
 		"https://h:8443/a@b/c":                   "https://h:8443/a@b/c",
 		"a https://x/y and b@c":                  "a https://x/y and b@c",

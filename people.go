@@ -138,7 +138,7 @@ func (f *files) fillGit(ctx context.Context, top place, name, commit, objects st
 	}
 	format := map[int]string{40: "sha1", 64: "sha256"}[len(commit)]
 	for _, file := range [][2]string{
-		{"HEAD", skeletonHead},
+		{"HEAD", unbornHead},
 		{"config", fmt.Sprintf(gitConfig, format)},
 		{"objects/info/alternates", objects + "\n"},
 		{"info/sparse-checkout", f.sparse()},
