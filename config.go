@@ -139,9 +139,8 @@ func loadConfig(o options, read func(string) ([]byte, error)) (*config, error) {
 		return nil, fmt.Errorf("config: %w", err)
 	}
 	p := parser{
-		c:    &config{files: map[string]string{file: string(text)}},
-		file: file, text: string(text), stateDir: o.stateDir, names: o.names, read: read,
-		seen: map[string]int{},
+		c:       &config{files: map[string]string{file: string(text)}},
+		options: o, file: file, text: string(text), read: read, seen: map[string]int{},
 	}
 	if o.upstream != "" {
 		p.entries = []spec{o.ownSpec()}
@@ -156,17 +155,16 @@ func loadConfig(o options, read func(string) ([]byte, error)) (*config, error) {
 
 // parser collects a config and all that is wrong with it.
 type parser struct {
-	c        *config
-	md       toml.MetaData
-	file     string
-	text     string
-	stateDir string
-	names    []string // of this machine
-	read     func(string) ([]byte, error)
-	entries  []spec
-	errs     []error
-	global   mistakes       // what is wrong with the defaults
-	seen     map[string]int // by an option's key: in how many tables it was
+	options
+	c       *config
+	md      toml.MetaData
+	file    string
+	text    string
+	read    func(string) ([]byte, error)
+	entries []spec
+	errs    []error
+	global  mistakes       // what is wrong with the defaults
+	seen    map[string]int // by an option's key: in how many tables it was
 }
 
 func (p *parser) errorf(format string, args ...any) {

@@ -192,9 +192,9 @@ func (a *agent) work(stdout io.Writer) error {
 	c, err := a.load()
 	if c == nil || a.pull {
 		restoreMounts(a.stateDir) // there is no config yet to say which
-	}
-	if a.upstream != "" && (c == nil || a.pull) {
-		c, err = a.bootstrap()
+		if a.upstream != "" {
+			c, err = a.bootstrap()
+		}
 	}
 	if c == nil {
 		return err

@@ -78,9 +78,6 @@ func dryRun(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		logs = stderr
 	}
 	setLogger(logs, o.debug)
-	if err := gitVersion(ctx); err != nil {
-		return err
-	}
 	scratch, err := os.MkdirTemp("", "gitopper")
 	if err != nil {
 		return err
@@ -91,10 +88,7 @@ func dryRun(ctx context.Context, o options, stdout, stderr io.Writer) error {
 	}
 
 	a := &agent{options: o, stop: stopping{ctx, ctx}}
-	c, err := loadConfig(o, os.ReadFile)
-	if o.upstream != "" && (err != nil || o.pull) {
-		c, err = a.nextConfig(ctx, scratch)
-	}
+	c, err := a.configToBe(ctx, scratch)
 	if err != nil {
 		return err
 	}
@@ -102,13 +96,13 @@ func dryRun(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		fmt.Fprintf(stderr, "gitopper: %s\n", w)
 	}
 	p, err := a.plan(ctx, c, scratch)
-	if ctx.Err() != nil {
-		err = errors.New("ended before all was compared")
-	}
 	for _, line := range p.lines {
 		fmt.Fprintln(stdout, line)
 	}
-	if err == nil && len(p.lines) > 0 {
+	switch {
+	case ctx.Err() != nil:
+		return errors.New("ended before all was compared")
+	case err == nil && len(p.lines) > 0:
 		return ending{"something is to be done", 3}
 	}
 	return err
@@ -121,8 +115,9 @@ func borrow(stateDir, scratch string) error {
 	for name, mode := range map[string]os.FileMode{"/services": 0o700, "/upstreams": 0o711} {
 		err = errors.Join(err, os.Mkdir(scratch+name, mode))
 	}
-	records, globErr := filepath.Glob(stateDir + "/services/*")
-	for _, name := range records {
+	records, _ := filepath.Glob(recordFile(stateDir, "*"))
+	manifests, _ := filepath.Glob(manifestFile(stateDir, "*"))
+	for _, name := range slices.Concat(records, manifests) {
 		text, readErr := os.ReadFile(name)
 		to := scratch + "/services/" + filepath.Base(name)
 		err = errors.Join(err, readErr, os.WriteFile(to, text, 0o600))
@@ -132,7 +127,7 @@ func borrow(stateDir, scratch string) error {
 		id := filepath.Base(filepath.Dir(objects))
 		err = errors.Join(err, borrowClone(objects, scratch+"/upstreams/"+id))
 	}
-	return errors.Join(err, globErr)
+	return err
 }
 
 // borrowClone makes a clone in dir whose objects are those of another one.
@@ -154,30 +149,36 @@ func borrowClone(objects, dir string) error {
 		os.Lchown(dir+"/objects", int(owner.Uid), int(owner.Gid)))
 }
 
-// nextConfig returns our own config as it is after a pass of the service gitopper.
-func (a *agent) nextConfig(ctx context.Context, scratch string) (c *config, err error) {
+// configToBe is the config that a start now would use: with -U that may be one that is yet to go live.
+func (a *agent) configToBe(ctx context.Context, scratch string) (c *config, err error) {
+	c, err = loadConfig(a.options, os.ReadFile)
+	isThere := err == nil && !a.pull
+	if a.upstream == "" || isThere {
+		return c, err
+	}
+
+	next := (*config)(nil)
 	u := newUpstream(scratch, a.upstream, "")
 	own := a.newOwn(u, scratch)
 	own.plan = &plan{}
-	own.gate = func(read func(string) ([]byte, error)) error {
-		c, err = loadConfig(a.options, read)
+	own.gate = func(read func(string) ([]byte, error)) (err error) {
+		next, err = loadConfig(a.options, read)
 		return err
 	}
 	lookAtAll(ctx, []*upstream{u})
 	out := own.reconcile(ctx)
-	if c != nil {
-		return c, nil
-	}
-	c, err = loadConfig(a.options, os.ReadFile) // it stays
-	if trouble := out.trouble(); err != nil && trouble != nil {
-		err = fmt.Errorf("gitopper: no right config: %w", trouble)
+	switch {
+	case next != nil:
+		return next, nil
+	case err != nil && out.trouble() != nil:
+		return nil, fmt.Errorf("gitopper: no right config: %w", out.trouble())
 	}
 	return c, err
 }
 
 // plan has each service's pass done, as far as it changes nothing. The error holds all trouble.
 func (a *agent) plan(ctx context.Context, c *config, scratch string) (p *plan, err error) {
-	p = &plan{}
+	p, err = &plan{}, gitVersion(ctx)
 	mine := *c
 	mine.services = slices.Clone(c.services)
 	for i := range mine.services {
