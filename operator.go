@@ -233,7 +233,8 @@ func date(t time.Time) string {
 }
 
 // change has a service do something, also if the client hangs up, and logs what came of it. The answer is the
-// service's row, also where what was asked for was carried out, though not with the outcome that was hoped for.
+// service's row, also where what was asked for was carried out, though not with the outcome that was hoped
+// for.
 func (s *sshServer) change(ctx context.Context, c *sshConn, words []string, step func(string)) (any, error) {
 	svc, err := s.service(words[1])
 	o, wrong := parseOp(words, time.Now())
@@ -309,8 +310,8 @@ var (
 	durationPart = regexp.MustCompile(`(\d+)(.)`)
 )
 
-// parseDuration reads 90m, 1h30m or 2d: time.ParseDuration knows no days, and more than we offer. It is 0 where
-// that makes no sense.
+// parseDuration reads 90m, 1h30m or 2d: time.ParseDuration knows no days, and more than we offer. It is 0
+// where that makes no sense.
 func parseDuration(word string) time.Duration {
 	if !isDuration(word) {
 		return 0
@@ -422,7 +423,8 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 	}
 	live := s.files.live()
 	v, err := s.today(ctx, version{Commit: commit}, live)
-	isNew := !slices.Contains(s.rec.ran(), commit) // judged as upstream's newest, but that it need not descend
+	// One that never ran here is judged as upstream's newest, but that it need not descend.
+	isNew := !slices.Contains(s.rec.ran(), commit)
 	if err == nil && isNew && s.signers != "" {
 		err = s.up.verify(ctx, commit, s.signers)
 	}
@@ -473,7 +475,8 @@ func (s *Service) find(ctx context.Context, hash string, ran []string) (string, 
 	case err != nil:
 		return "", &opError{status: "Internal Server Error", err: err}
 	case len(commits) == 0:
-		err = fmt.Errorf("no such commit: %s is not in the history of %s, nor did it run here", hash, s.branch)
+		err = fmt.Errorf("no such commit: %s is not in the history of %s, nor did it run here",
+			hash, s.branch)
 		return "", &opError{status: "Not Found", err: err}
 	case len(commits) > 1:
 		err = fmt.Errorf("more than one commit begins with %s, give more digits: %s", hash, someOf(commits))
