@@ -183,6 +183,7 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 		packs := "/var/lib/gitopper/upstreams/*/objects/pack/*.pack"
 		l.run("sh", "-c", "for p in "+packs+"; do truncate -s 100 $p; done; ls "+packs)
 	}
+	var looks int64
 	troubles := []bootTrouble{
 		{name: "garbage key file", make: func() { l.write("/etc/gitopper/operator.pub", "garbage") },
 			mend: func() { l.write("/etc/gitopper/operator.pub", pub) },
@@ -207,8 +208,23 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 			log: "OK -> DIFF git ls-remote", status: "1 services, 1 in trouble: late", configOK: 1, state: "DIFF"},
 		{name: "damaged clone", make: damage, mend: func() { hash = u.commit(map[string]string{"app/file": "new\n"}) },
 			log: "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
-		{name: "first looks fail", make: func() { u.failing.Store(1) }, mend: func() {},
-			log: "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
+		{name: "first look fails, as rarely as we look",
+			make: func() {
+				l.run("systemctl", "stop", "gitopper")
+				l.run("sed", "-i", "s/-t 500ms/-t 5m/", "/etc/systemd/system/gitopper.service.d/lab.conf")
+				u.failing.Store(1)
+				looks = u.looks.Load()
+			},
+			mend: func() {
+				labWait(u.t, 20*time.Second, "upstream is looked at again", func() error {
+					if n := u.looks.Load() - looks; n < 2 {
+						return fmt.Errorf("%d looks", n)
+					}
+					return nil
+				})
+			},
+			log: "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK",
+		},
 	}
 	for _, trouble := range troubles {
 		t.Run(trouble.name, func(t *testing.T) {
