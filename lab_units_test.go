@@ -116,7 +116,7 @@ func TestLabDaemons(t *testing.T) {
 	commit := func(version int) string {
 		t.Helper()
 		return u.commit(map[string]string{
-			"nft/nftables.conf": fmt.Sprintf("table inet lab\nflush table inet lab\ntable inet lab {\n"+
+			"nft/nftables.conf": fmt.Sprintf("table inet lab {\n"+
 				" set blocked { type ipv4_addr; elements = { 192.0.2.%d } }\n"+
 				" chain input { type filter hook input priority 0; ip saddr @blocked drop; }\n}\n", version),
 			"cron/probe": fmt.Sprintf("# version %d\n@yearly root true\n", version),
@@ -157,8 +157,8 @@ dirs = [ { local = "/etc/unbound/unbound.conf.d/lab.conf", link = "unbound/lab.c
 [[services]]
 machine = "lab"
 service = "sudoers"
-check = [ "visudo", "-cf", "/etc/sudoers.d/ops" ]
-dirs = [ { local = "/etc/sudoers.d/ops", link = "sudo/ops", file = true } ]
+check = [ "visudo", "-c" ]
+dirs = [ { local = "/etc/sudoers.d/ops", link = "sudo/ops", file = true, mode = "0440" } ]
 [[services]]
 machine = "lab"
 service = "once"
@@ -231,7 +231,7 @@ dirs = [ { local = "/srv/once", link = "once" } ]
 		"haproxy/haproxy.cfg": "frontend lab\n bind nowhere\n", "unbound/lab.conf": "server:\n nonsense\n",
 		"sudo/ops": "deputy may do all\n"})
 	l.waitState("nftables", "DIFF", "syntax error")
-	l.waitState("haproxy", "DIFF", "missing port specification")
+	l.waitState("haproxy", "DIFF", "haproxy.cfg:2] : 'bind' :")
 	l.waitState("unbound", "DIFF", "unknown keyword")
 	l.waitState("sudoers", "DIFF", "syntax error")
 	serve(2)

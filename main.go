@@ -210,7 +210,7 @@ func (a *agent) work(stdout io.Writer) error {
 		"interval", a.interval, "ssh", a.ssh, "metric", a.metric)
 	notify(a.socket, "READY=1\nSTATUS="+a.summary())
 	a.tasks.Go(func() {
-		if err := forgetUnits(a.stop.soft, gone); err != nil {
+		if err := forgetUnits(a.stop.hard, gone); err != nil {
 			slog.Warn(err.Error())
 		}
 	})
