@@ -36,7 +36,15 @@ type clone struct {
 	tips  map[string]string  // upstream's branches, by tipRef: commits that are here and were walked
 	walks map[walkKey]walked // of the tips, for all services
 	hurt  error              // damage that was found, for the next look
+
+	filter string // of fetches after the first, see fetchTips
 }
+
+// What upstream is asked to leave out, see git-rev-list(1): blobs, or large ones.
+const (
+	noBlobs    = "--filter=blob:none"
+	smallBlobs = "--filter=blob:limit=100k"
+)
 
 // damaged says that the clone lacks an object that it should have, or has a wrong one in its place.
 type damaged struct{ error }
@@ -54,7 +62,7 @@ func tipRef(branch string) string { return "refs/tips/" + digest(branch) }
 
 // openClone returns the clone in a directory, where there may be none yet.
 func openClone(u *upstream, dir string) *clone {
-	c := &clone{u: u, dir: dir, tips: map[string]string{}, walks: map[walkKey]walked{}}
+	c := &clone{u: u, dir: dir, tips: map[string]string{}, walks: map[walkKey]walked{}, filter: smallBlobs}
 	refs, _ := os.ReadFile(dir + "/packed-refs")
 	for line := range strings.Lines(string(refs)) { // 606eb576... refs/tips/54f1cf40...
 		id, ref, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
@@ -355,12 +363,13 @@ func (c *clone) fetch(ctx context.Context, limit time.Duration, stdin []byte, ar
 	return errors.Join(err, c.probe(ctx))
 }
 
-// fetchTips fetches the branches that moved.
+// fetchTips fetches the branches that moved. Small contents come along, which saves a second request, but not
+// with all of history, and not from a server that sends what changed elsewhere as a difference from a content
+// that was never here, which git would have to fetch: from then on none come along.
 func (c *clone) fetchTips(ctx context.Context, remote map[string]string) error {
-	// Small contents come along, which saves a second request, but not with all of history.
-	limit, args := cloneLimit, []string{"--filter=blob:none", "origin"}
+	limit, args := cloneLimit, []string{noBlobs, "origin"}
 	if len(c.tips) > 0 {
-		limit, args[0] = fetchLimit, "--filter=blob:limit=100k"
+		limit, args[0] = fetchLimit, c.filter
 	}
 	if !c.filtered() {
 		args = args[1:]
@@ -375,7 +384,12 @@ func (c *clone) fetchTips(ctx context.Context, remote map[string]string) error {
 	if len(args) == fixed {
 		return nil
 	}
-	return c.fetch(ctx, limit, nil, args...)
+	err := c.fetch(ctx, limit, nil, args...)
+	if args[0] == smallBlobs && errors.As(err, &damaged{}) {
+		c.filter, args[0] = noBlobs, noBlobs
+		err = c.fetch(ctx, limit, nil, args...)
+	}
+	return err
 }
 
 // missing asks the clone which blobs it lacks, without network; a line each.
@@ -384,7 +398,7 @@ func (c *clone) missing(ctx context.Context, ids map[string]bool) (lacks []byte,
 		return nil, nil
 	}
 	cmd := c.git("cat-file", "--batch-check=%(objectname)")
-	cmd.Stdin = strings.NewReader(strings.Join(slices.Sorted(maps.Keys(ids)), "\n") + "\n")
+	cmd.Stdin = bytes.NewReader(idLines(ids))
 	out, err := runGit(ctx, "cat-file", cmd, fetchLimit)
 	if err != nil {
 		return nil, orDamaged(err)
@@ -398,6 +412,14 @@ func (c *clone) missing(ctx context.Context, ids map[string]bool) (lacks []byte,
 	return lacks, nil
 }
 
+// idLines returns ids as git reads them, a line each; nil for none.
+func idLines(ids map[string]bool) (lines []byte) {
+	for _, id := range slices.Sorted(maps.Keys(ids)) {
+		lines = append(lines, id+"\n"...)
+	}
+	return lines
+}
+
 // fetchBlobs fetches the blobs that the clone lacks, in one request.
 func (c *clone) fetchBlobs(ctx context.Context, lacks []byte) error {
 	switch {
@@ -406,7 +428,7 @@ func (c *clone) fetchBlobs(ctx context.Context, lacks []byte) error {
 	case !c.filtered():
 		return damaged{fmt.Errorf("blob %.12s %w", lacks, errMissing)}
 	}
-	return c.fetch(ctx, fetchLimit, lacks, "--filter=blob:none", "--stdin", "origin")
+	return c.fetch(ctx, fetchLimit, lacks, noBlobs, "--stdin", "origin")
 }
 
 // objects reads objects by their ids from one git cat-file --batch, and computes each id itself. It never

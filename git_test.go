@@ -660,6 +660,40 @@ func TestGitHistoryLost(t *testing.T) {
 	}
 }
 
+// TestGitChangesElsewhere: a server sends what changed in a large file as a difference from the file of before, also where
+// that is none of ours, and was never fetched. That is no damage, and costs one fetch more, once.
+func TestGitChangesElsewhere(t *testing.T) {
+	w := newGitWorld(t)
+	text := ""
+	for i := range 300 {
+		text += fmt.Sprintf("line %d of many\n", i)
+	}
+	w.commit("elsewhere/f", text)
+	w.look()
+	runs := w.counting("")
+	for i := range 4 {
+		text += "one more\n"
+		ours := fmt.Sprintf("version %d\n", i)
+		w.commit("elsewhere/f", text, "etc/app.conf", ours)
+		w.look()
+		if got := w.read("etc/app.conf"); got != ours {
+			t.Errorf("%d: %q", i, got)
+		}
+		fetches := 0
+		for _, r := range runs() {
+			if strings.Contains(r, "fetch") && !strings.Contains(r, "ls-remote") {
+				fetches++
+			}
+		}
+		if want := []int{3, 2, 2, 2}[i]; fetches != want {
+			t.Errorf("%d: %d fetches, want %d", i, fetches, want)
+		}
+	}
+	if matches, _ := filepath.Glob(w.u.dir + ".*"); len(matches) > 0 {
+		t.Errorf("cloned anew: %q", matches)
+	}
+}
+
 // TestGitTornContents: git does not replace a pack that comes again, whatever became of it.
 func TestGitTornContents(t *testing.T) {
 	w := newGitWorld(t)

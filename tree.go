@@ -111,12 +111,15 @@ func (c *clone) walkTips(ctx context.Context, remote map[string]string) error {
 	c.u.mu.Lock()
 	walks := maps.Clone(c.walks)
 	c.u.mu.Unlock()
-	blobs, err := c.walkNews(ctx, tips, walks)
+	blobs, areNew, err := c.walkNews(ctx, tips, walks)
 	if err != nil {
 		return err
 	}
 
-	lacks, err := c.missing(ctx, blobs)
+	lacks := idLines(blobs)
+	if mayBeHere := c.filter != noBlobs || !areNew; mayBeHere {
+		lacks, err = c.missing(ctx, blobs)
+	}
 	if err == nil {
 		err = c.fetchBlobs(ctx, lacks)
 	}
@@ -136,11 +139,11 @@ func (c *clone) walkTips(ctx context.Context, remote map[string]string) error {
 	return nil
 }
 
-// walkNews adds what services are shown of the tips to walks, and returns which blobs of it are news: those
-// that a service's tip of before did not show.
+// walkNews adds what services are shown of the tips to walks, and returns which blobs of it their tips of
+// before did not show; areNew says that these are known of all.
 func (c *clone) walkNews(ctx context.Context, tips map[string]string, walks map[walkKey]walked) (
-	blobs map[string]bool, err error) {
-	blobs = map[string]bool{}
+	blobs map[string]bool, areNew bool, err error) {
+	blobs, areNew = map[string]bool{}, true
 	o := (*objects)(nil)
 	for _, t := range c.u.tracked {
 		ref := tipRef(t.branch)
@@ -150,7 +153,7 @@ func (c *clone) walkNews(ctx context.Context, tips map[string]string, walks map[
 		}
 		if o == nil || o.err != nil { // what one service must not have ends the reading
 			if o, err = c.open(ctx); err != nil {
-				return nil, err
+				return nil, false, err
 			}
 			defer o.close()
 		}
@@ -168,15 +171,19 @@ func (c *clone) walkNews(ctx context.Context, tips map[string]string, walks map[
 			}
 		}
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		walks[key] = found
+		areNew = areNew && before.content != ""
 		if found.content != before.content {
 			found.tree.blobs(blobs)
 			w.above.blobs(blobs)
+			for _, b := range before.tree {
+				delete(blobs, b.id)
+			}
 		}
 	}
-	return blobs, nil
+	return blobs, areNew, nil
 }
 
 // entry is one line of a tree object; mode as git writes it there, 40000 for a directory.
