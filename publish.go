@@ -105,7 +105,10 @@ func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 	case "120000":
 		var to bytes.Buffer
 		if _, err = read(b.id, &to); err == nil {
-			err = errors.Join(os.Symlink(to.String(), at), os.Lchown(at, a.uid, a.gid))
+			err = syscall.Symlink(to.String(), at) // whose error does not quote it all
+		}
+		if err == nil {
+			err = os.Lchown(at, a.uid, a.gid)
 		}
 	default:
 		var file *os.File
