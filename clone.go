@@ -25,9 +25,9 @@ import (
 	"time"
 )
 
-// clone is a bare clone on disk, root's but for its objects, which are the user's who runs git. Its config knows
-// of no upstream, so that what reads in it never fetches. Nothing in it is ever removed but with all of it: what
-// ran here can go live again when upstream has it no more.
+// clone is a bare clone on disk, root's but for its objects, which are the user's who runs git. Its config
+// knows of no upstream, so that what reads in it never fetches. Nothing in it is ever removed but with all of
+// it: what ran here can go live again when upstream has it no more.
 type clone struct {
 	u   *upstream
 	dir string
@@ -293,14 +293,14 @@ func (c *clone) probe(ctx context.Context) error {
 	}
 	args := slices.AppendSeq([]string{"rev-list", "--quiet"}, maps.Values(c.tips))
 	_, err := runGit(ctx, "rev-list", c.git(args...), fetchLimit)
-	if errors.As(orDamaged(err), &damaged{}) {
-		return damaged{err}
+	if err = orDamaged(err); errors.As(err, &damaged{}) {
+		return err
 	}
 	return nil
 }
 
-// orDamaged returns the error of a git that had nothing to do but to read the clone: damage, where it ended by
-// itself.
+// orDamaged returns the error of a git that had nothing to do but to read the clone: damage, where git ended
+// by itself.
 func orDamaged(err error) error {
 	if exitCode(err) == 128 || crashed(err) {
 		return damaged{err}
