@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -358,10 +359,26 @@ func (u *upstream) diff(ctx context.Context, from, to string, dirs []dir) (text 
 		"diff", "--no-index", "--no-prefix", "--no-color", "--no-ext-diff", "--no-textconv", "a", "b")
 	cmd.Dir = work
 	text, err = runGit(ctx, "diff", cmd, diffLimit)
+	text = diffHeader.ReplaceAllFunc(text, nameBoth)
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() == 1 {
 		err = nil // they differ
 	}
 	return text, err
+}
+
+var diffHeader = regexp.MustCompile(`(?m)^diff --git .*$`)
+
+// nameBoth names both sides in the header of a file's diff. Git, which sees two directories, says the name of
+// a new or removed file twice: diff --git b/etc/f b/etc/f
+func nameBoth(header []byte) []byte {
+	names, _ := strings.CutPrefix(string(header), "diff --git ")
+	name, again := names[:len(names)/2], names[(len(names)+1)/2:]
+	if name != again {
+		return header
+	}
+	bare := strings.TrimPrefix(name, `"`)
+	quote := name[:len(name)-len(bare)]
+	return fmt.Appendf(nil, "diff --git %sa%s %[1]sb%[2]s", quote, bare[1:])
 }
 
 // layBare writes the files and symbolic links of a tree below a directory.

@@ -385,13 +385,16 @@ func TestCheckWarnings(t *testing.T) {
 	}
 
 	d := newDaemonDir(t, t.TempDir())
-	d.write("c.toml", d.entry("x", "upstream = '/u'"))
-	if err := os.Chmod(d.file, 0o666); err != nil {
+	signers := filepath.Join(t.TempDir(), "signers")
+	d.write("c.toml", d.entry("x", "upstream = '/u'\nsigners = '"+signers+"'"))
+	if err := errors.Join(os.Chmod(d.file, 0o666), os.WriteFile(signers, nil, 0o644), os.Chmod(signers, 0o666)); err != nil {
 		t.Fatal(err)
 	}
 	_, stderr, status := gitopper(t, "--check", "-h", "m", "-c", d.file)
-	if status != 0 || !strings.Contains(stderr, "c.toml: it, or its directory, can be written by others") {
-		t.Errorf("status %d, stderr %q", status, stderr)
+	for _, name := range []string{"c.toml", "signers"} {
+		if status != 0 || !strings.Contains(stderr, name+": it, or its directory, can be written by others") {
+			t.Errorf("status %d, stderr %q", status, stderr)
+		}
 	}
 }
 

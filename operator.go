@@ -354,7 +354,7 @@ func (s *Service) operate(ctx context.Context, o op) error {
 		return &opError{status: "Conflict", err: ended, done: true}
 	case s.last.trouble() != nil:
 		st := s.Status()
-		err := fmt.Errorf("%s is %s: %s", s.service, st.State, oneLine(s.last.trouble().Error()))
+		err := fmt.Errorf("done, but %s is %s: %s", s.service, st.State, oneLine(s.last.trouble().Error()))
 		return &opError{status: "Internal Server Error", err: err, done: true}
 	case lookErr != nil:
 		return &opError{status: "Internal Server Error", err: lookErr, done: true}

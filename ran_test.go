@@ -282,8 +282,9 @@ func TestDiff(t *testing.T) {
 	}
 	for _, want := range []string{
 		"diff --git a/etc/app.conf b/etc/app.conf\nindex ", "\n-one\n+two \\x1b[31mred\\u202e\ufffd\\r\n",
-		"new file mode 100755", "+#!/bin/sh\n", "new file mode 120000", "+../../outside\n",
-		`"b/etc/a \"b\"\n"`, "deleted file mode 100644", "-deep\n", "+0123456789\n", "++* -diff\n"[1:],
+		"diff --git a/etc/sub/tool b/etc/sub/tool\nnew file mode 100755", "+#!/bin/sh\n", "new file mode 120000", "+../../outside\n",
+		`diff --git "a/etc/a \"b\"\n" "b/etc/a \"b\"\n"`,
+		"diff --git a/etc/sub/deep b/etc/sub/deep\ndeleted file mode 100644", "-deep\n", "+0123456789\n", "++* -diff\n"[1:],
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %q", want)

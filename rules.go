@@ -272,13 +272,20 @@ func (o options) check(ctx context.Context, stderr io.Writer) error {
 }
 
 // warnings tells of what is no mistake, but perhaps not what was meant: no entry for this machine, and files
-// of the config that others than root can write, or put something else in the place of.
+// that others than root can write, or put something else in the place of, and that decide what root does.
 func (c *config) warnings(o options) (found []string) {
 	if len(c.services) == 0 {
 		found = append(found, fmt.Sprintf("%s: no entry for this machine (%s): mounts of before stay",
 			o.configPath(), strings.Join(o.names, ", ")))
 	}
-	for _, name := range slices.Sorted(maps.Keys(c.files)) {
+	names := slices.Collect(maps.Keys(c.files))
+	for _, s := range c.services {
+		if s.signers != "" {
+			names = append(names, s.signers)
+		}
+	}
+	slices.Sort(names)
+	for _, name := range slices.Compact(names) {
 		if slices.ContainsFunc([]string{name, filepath.Dir(name)}, othersWrite) {
 			found = append(found, name+": it, or its directory, can be written by others than root")
 		}

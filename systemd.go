@@ -411,7 +411,7 @@ func (u *unit) restartedSince(before *unit) bool {
 	counted := !before.says("NRestarts", "", u.is["NRestarts"])
 	// What starts a unit that was down, or a oneshot, is no crash, but a socket or timer.
 	ran := before.running() && !u.says("Type", "oneshot")
-	return counted || ran && !u.says("InvocationID", before.is["InvocationID"])
+	return counted || ran && !u.says("InvocationID", before.is["InvocationID"], "") // empty: it is down
 }
 
 // seesOld says whether the unit's main process, in a mount namespace of its own, does not see the file or
