@@ -366,7 +366,7 @@ func (a *agent) summary() string {
 		text += "; the config is wrong"
 	}
 	if a.retried.Load() > 0 {
-		text += "; an interface can't be served yet"
+		text += "; not all can be had yet, see the log"
 	}
 	return text
 }

@@ -83,6 +83,7 @@ func (s *Service) toldByBoot(ctx context.Context) (bool, error) {
 		return false, nil
 	}
 	s.rec.Told.Boot = bootID()
+	s.unit.Store(&u) // the last round's may be older
 	return true, nil
 }
 
