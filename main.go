@@ -6,8 +6,8 @@
 //  2. looks at upstream, and fetches what moved into a bare clone that its services share (git.go, clone.go),
 //  3. reads from it, by their hashes, what a commit shows the service: a tree (tree.go),
 //  4. decides which commit should run, and refuses one that must not (pass.go, check.go),
-//  5. compares that tree with the disk and with the manifest of what it put there (files.go), makes the
-//     difference live path by path, and keeps local edits (publish.go),
+//  5. compares that tree with the disk and with the manifest of what it put there (files.go, manifest.go),
+//     makes the difference live path by path, and keeps local edits (publish.go),
 //  6. bind-mounts files and directories to where the service reads them (mount.go),
 //  7. tells the unit, and watches it settle (systemd.go), or goes back to the last good commit (pass.go), and
 //  8. says how it went (state.go): to operators (ssh.go, operator.go) and to a monitoring system

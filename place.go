@@ -88,8 +88,8 @@ func makePlace(path string, k kind, a account) (place, error) {
 	return walkPlace(path, func(place) error { return nil }, missing)
 }
 
-// walkPlace descends from the root directory, component by component. check looks at each directory on the way,
-// and the place itself; missing, unless nil, makes one that is not there.
+// walkPlace descends from the root directory, component by component. check looks at each directory on the
+// way, and the place itself; missing, unless nil, makes one that is not there.
 func walkPlace(to string, check func(place) error,
 	missing func(parent place, name string, last bool) error) (place, error) {
 	trusted, links := true, 0
