@@ -282,6 +282,7 @@ func TestLabTroubleHasItsName(t *testing.T) {
 	l.unit("crash.service", "[Service]\nExecStart="+killed("SEGV"))
 	l.unit("before.service", "[Service]\n"+sleeps+"ExecStartPre="+killed("ABRT"))
 	l.unit("reload.service", "[Service]\n"+sleeps+"ExecReload=test -e /run/well\nExecReload="+killed("BUS"))
+	l.unit("stays.service", "[Unit]\nRefuseManualStop=yes\n[Service]\n"+sleeps+"ExecReload=true\n")
 	l.unit("program.service", "[Service]\nExecStart=/nonesuch\n")
 	l.unit("full.service", "[Service]\n"+sleeps+"ExecReload=true\n")
 	l.run("mkdir", "-p", "/srv/small", "/var/lib/gitopper")
@@ -298,15 +299,19 @@ func TestLabTroubleHasItsName(t *testing.T) {
 	}
 
 	config := "settle = \"100ms\"\nfallback = false\n"
-	for _, s := range []string{"crash", "before", "reload", "program", "full"} {
-		config += fmt.Sprintf("[[services]]\nmachine = \"lab\"\nservice = %q\naction = \"reload\"\n", s)
-		if s == "full" {
-			config += "mount = \"/srv/small\"\n"
+	for _, s := range []string{"crash", "before", "reload", "stays", "program", "full"} {
+		action := "reload"
+		switch s {
+		case "stays":
+			action = "restart"
+		case "full":
+			action += "\"\nmount = \"/srv/small"
 		}
+		config += fmt.Sprintf("[[services]]\nmachine = \"lab\"\nservice = %q\naction = \"%s\"\n", s, action)
 		config += fmt.Sprintf("dirs = [ { local = \"/srv/%s\", link = %[1]q } ]\n", s)
 	}
 	first := u.commit(map[string]string{"crash/conf": "1\n", "before/conf": "1\n", "reload/conf": "1\n",
-		"program/conf": "1\n", "full/conf": "1\n"})
+		"stays/conf": "1\n", "program/conf": "1\n", "full/conf": "1\n"})
 	l.configure(u, config)
 	l.start()
 	l.waitState("crash", "BROKEN", "main process killed by SIGSEGV")
@@ -314,7 +319,9 @@ func TestLabTroubleHasItsName(t *testing.T) {
 	l.waitState("program", "BROKEN", "status 203", "/nonesuch", "No such file or directory")
 	l.waitCommit("reload", first)
 	l.waitCommit("full", first)
-	u.commit(map[string]string{"reload/conf": "2\n"})
+	l.waitCommit("stays", first)
+	u.commit(map[string]string{"reload/conf": "2\n", "stays/conf": "2\n"})
+	l.waitState("stays", "BROKEN", `stays.service can't be stopped: use action = "reload"`)
 	l.waitState("reload", "BROKEN", "status=1/FAILURE")
 	l.run("touch", "/run/well")
 	l.waitState("reload", "BROKEN", "code=killed, status=7/BUS")

@@ -33,8 +33,8 @@ type unit struct {
 }
 
 const shownProperties = "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload," +
-	"CanReload,InvocationID,NRestarts,MainPID,ExecMainCode,ExecMainStatus,Job,TriggeredBy,UnitFileState," +
-	enteredActive
+	"CanReload,CanStop,InvocationID,NRestarts,MainPID,ExecMainCode,ExecMainStatus,Job,TriggeredBy," +
+	"UnitFileState," + enteredActive
 
 const enteredActive = "ActiveEnterTimestampMonotonic" // in microseconds; 0: not in this boot
 
@@ -296,7 +296,7 @@ func isDisabled(name string, u *unit) bool {
 
 // verbFor is the systemctl verb that makes u run with today's files: action where that can be done.
 func verbFor(u *unit, action string) (string, error) {
-	oneshot := u.says("Type", "oneshot")
+	oneshot, restarts := u.says("Type", "oneshot"), slices.Contains([]string{"restart", "try-restart"}, action)
 	switch {
 	case action == "stop":
 		return action, nil
@@ -304,6 +304,8 @@ func verbFor(u *unit, action string) (string, error) {
 		return action, nil
 	case !u.running():
 		return "start", nil
+	case restarts && u.says("CanStop", "no"):
+		return "", fmt.Errorf(`%s can't be stopped: use action = "reload"`, u.is["Id"])
 	case oneshot && action == "kill": // there is no process
 		return "restart", nil
 	case action != "reload", u.says("CanReload", "yes"): // others than reload know themselves what a unit can

@@ -276,10 +276,15 @@ func TestUnitVerbs(t *testing.T) {
 	if !down.well("stop") || down.well("reload") {
 		t.Error("a unit that is to be stopped is well when it is down")
 	}
-	up := unitOf("Id=cron.service, ActiveState=active, CanReload=no")
-	_, err := verbFor(&up, "reload")
-	if want := `cron.service can't be reloaded: use action = "restart"`; err == nil || err.Error() != want {
-		t.Errorf("%v, want %s", err, want)
+	for action, want := range map[string]string{
+		"reload":      `cron.service can't be reloaded: use action = "restart"`,
+		"restart":     `cron.service can't be stopped: use action = "reload"`,
+		"try-restart": `cron.service can't be stopped: use action = "reload"`,
+	} {
+		up := unitOf("Id=cron.service, ActiveState=active, CanReload=no, CanStop=no")
+		if _, err := verbFor(&up, action); err == nil || err.Error() != want {
+			t.Errorf("%v, want %s", err, want)
+		}
 	}
 }
 
