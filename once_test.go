@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // everything is all that can be seen of a host below a directory and of its mounts, a line each, but for when
@@ -149,8 +151,19 @@ func (e *effects) lines(log string) (did []string) {
 			did = append(did, call+" "+planService)
 		}
 	}
-	slices.Sort(did)
-	return did
+	return sortedLines(did)
+}
+
+// sortedLines brings lines into an order. What is kept is not removed as well; a mount may be made at the
+// start, and again for what was published.
+func sortedLines(lines []string) []string {
+	all := slices.Clone(lines)
+	lines = slices.DeleteFunc(lines, func(line string) bool {
+		p, isRemoved := strings.CutPrefix(line, "remove ")
+		return isRemoved && slices.Contains(all, "keep "+p)
+	})
+	slices.Sort(lines)
+	return slices.Compact(lines)
 }
 
 // planLines brings a plan to the words of effects: paths as in the repository, and no checks.
@@ -176,8 +189,7 @@ func (w *world) planLines(plan string) (todo []string) {
 		}
 		todo = append(todo, line)
 	}
-	slices.Sort(todo)
-	return todo
+	return sortedLines(todo)
 }
 
 // planCase is a situation, and what a dry run and the pass after it make of it.
@@ -366,6 +378,10 @@ func TestDryRunOfAHostThatChanged(t *testing.T) {
 		{"manifest is lost", planBoth, true, func(w *world, _ daemonDir) {
 			os.Remove(manifestFile(w.dir+"/state", planService))
 		}, "", ""},
+		{"manifest and mounts are lost", planEtc, true, func(w *world, _ daemonDir) {
+			os.Remove(manifestFile(w.dir+"/state", planService))
+			w.unmountAll()
+		}, "mount etc on DIR/local/etc\nreload svc.service", ""},
 		{"clone is lost", planBoth, true, func(w *world, _ daemonDir) {
 			os.RemoveAll(w.dir + "/state/upstreams")
 			w.commit("etc/app.conf", "two\n")
@@ -522,5 +538,60 @@ func TestDryRunOfATemplate(t *testing.T) {
 	once(t, 0, "svc@a "+w.head()[:8]+" OK", "-c", d.file)
 	if calls := w.calls(); calls != "enable svc@a, reload svc@a" {
 		t.Errorf("systemctl %s", calls)
+	}
+}
+
+// TestDryRunOfAnything: what is told is what is done, whatever happened to a host.
+func TestDryRunOfAnything(t *testing.T) {
+	w, d := daemonWorld(t)
+	d.configure(planBoth)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	n := 0
+	text := func() string {
+		n++
+		return fmt.Sprintf("text %d\n", n)
+	}
+	some := func(list ...string) string { return list[r.IntN(len(list))] }
+	there := func(paths ...string) string { return w.dir + "/mount/svc.service/" + some(paths...) }
+	const private = "dirs = [{local = 'DIR/local/etc', link = 'etc', mode = '0640'}]\n"
+	changes := map[string]func(){
+		"commit": func() {
+			w.commit(some("etc/app.conf", "etc/sub/deep", "etc/new/a", "etc/own", "one.conf"), text())
+		},
+		"less": func() {
+			w.commit(some("etc/sub/deep", "etc/new/a", "etc/own"), "")
+		},
+		"edit": func() {
+			name := there("etc/app.conf", "etc/new/a", "etc/new/b", "etc/own", "one.conf")
+			w.write(strings.TrimPrefix(name, w.dir+"/"), text())
+		},
+		"delete":   func() { os.RemoveAll(there("etc/new", "etc/sub/deep", "one.conf")) },
+		"mode":     func() { os.Chmod(there("etc/app.conf", "etc/sub", "etc"), 0o711) },
+		"symlink":  func() { os.Symlink("/etc", there("etc/new")) },
+		"unmount":  w.unmountAll,
+		"both":     func() { d.configure(planBoth) },
+		"etc":      func() { d.configure(planEtc) },
+		"other":    func() { d.configure("dirs = [{local = 'DIR/local/other', link = 'other'}]\n") },
+		"private":  func() { d.configure(private) },
+		"manifest": func() { os.Remove(manifestFile(w.dir+"/state", planService)) },
+		"clone":    func() { os.RemoveAll(w.dir + "/state/upstreams") },
+	}
+	names := slices.Sorted(maps.Keys(changes))
+	for range 12 {
+		var did []string
+		for range 1 + r.IntN(3) {
+			name := some(names...)
+			did = append(did, name)
+			changes[name]()
+		}
+		plan, stderr, _ := gitopper(t, "-n", "-h", "m", "-c", d.file)
+		e := w.watchEffects()
+		_, log, _ := gitopper(t, "--once", "-h", "m", "-c", d.file)
+		if todo, done := w.planLines(plan), e.lines(log); !slices.Equal(todo, done) {
+			t.Fatalf("after %v told:\n%s\n%sdid:\n%s\n%s", did, strings.Join(todo, "\n"), stderr,
+				strings.Join(done, "\n"), log)
+		}
 	}
 }

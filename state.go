@@ -567,9 +567,11 @@ func (s *Service) acquitOrConvict(isGood bool, out *outcome) error {
 	return s.save()
 }
 
-// retell has the unit told again of content that it saw. It is remembered before what it saw changes.
+// retell has the unit told again of content that it saw, or of whatever it saw, where the manifest that knows
+// is lost. It is remembered before what it saw changes.
 func (s *Service) retell(content string) error {
-	if s.rec.Told.Content != content {
+	sawOther := content != "" && content != s.rec.Told.Content
+	if sawOther || s.rec.Told.Content == "" {
 		return nil
 	}
 	s.untell()
