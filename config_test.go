@@ -262,7 +262,8 @@ func TestConfigDirs(t *testing.T) {
 		{"group", dirs("{link='a',group='a b'}"), `dirs[0].group "a b": must be a group's name`},
 		{"modes of one link", dirs("{link='a',mode='0440'},{local='/a',link='./a/'}"),
 			`dirs[1].link "a": must have the same mode and group wherever it is linked`},
-		{"groups of one link", dirs("{link='a',group='adm'},{link='a'}"), "must have the same mode and group"},
+		{"groups of one link", dirs("{link='a',group='adm'},{link='a'}"),
+			"must have the same mode and group"},
 		{"link into .git", dirs("{local='/a',link='x/.GIT/y'}"), "must not contain .git"},
 	} {
 		t.Run(tc.name, tc.test)

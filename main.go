@@ -343,7 +343,8 @@ func (a *agent) watch() {
 			return
 		}
 		text = c.files[file]
-		slog.Warn("the config has changed: it is used after a restart (at once with -r, if it is root's alone)")
+		slog.Warn("the config has changed: it is used after a restart " +
+			"(at once with -r, if it is root's alone)")
 	}
 }
 
