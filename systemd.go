@@ -296,7 +296,8 @@ func isDisabled(name string, u *unit) bool {
 
 // verbFor is the systemctl verb that makes u run with today's files: action where that can be done.
 func verbFor(u *unit, action string) (string, error) {
-	oneshot, restarts := u.says("Type", "oneshot"), slices.Contains([]string{"restart", "try-restart"}, action)
+	oneshot := u.says("Type", "oneshot")
+	restarts := slices.Contains([]string{"restart", "try-restart"}, action)
 	switch {
 	case action == "stop":
 		return action, nil
