@@ -3,11 +3,9 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"os"
 	"strings"
 	"testing"
@@ -99,179 +97,13 @@ dirs = [ { local = "/srv/package", link = "nightly" } ]
 	}
 }
 
-// Daemons of Debian as they come, each of which takes its config in its own way: a firewall that must never
-// be down, two that reload, one that can't, and one that is no unit.
-func TestLabDaemons(t *testing.T) {
-	l, u := newBareLab(t), newLabUpstream(t)
-	l.firewall()
-	l.unit("once.service", "[Service]\nType=oneshot\nRemainAfterExit=yes\n"+
-		"ExecStart=/bin/sh -c 'cat /srv/once/conf >>/run/once'\n")
-	web, dns := labPort(), labPort()
-	// Its package starts it before there is any other config.
-	l.write("/etc/unbound/unbound.conf.d/port.conf", fmt.Sprintf("server:\n port: %d\n", dns))
-	// The firewall is gitopper's to install.
-	l.run("sh", "-c", "DEBIAN_FRONTEND=noninteractive "+
-		"apt-get install -qq -y --no-install-recommends haproxy unbound dns-root-data cron sudo")
-	l.run("useradd", "--system", "deputy")
-	commit := func(version int) string {
-		t.Helper()
-		return u.commit(map[string]string{
-			"nft/nftables.conf": fmt.Sprintf("table inet lab {\n"+
-				" set blocked { type ipv4_addr; elements = { 192.0.2.%d } }\n"+
-				" chain input { type filter hook input priority 0; ip saddr @blocked drop; }\n}\n", version),
-			"cron/probe": fmt.Sprintf("# version %d\n@yearly root true\n", version),
-			"haproxy/haproxy.cfg": fmt.Sprintf("defaults\n mode http\n timeout client 5s\n"+
-				" timeout server 5s\n timeout connect 5s\nfrontend lab\n bind 127.0.0.1:%d\n"+
-				" http-request return status 200 content-type text/plain string v%d\n", web, version),
-			"unbound/lab.conf": fmt.Sprintf("server:\n local-data: \"web.lab. A 192.0.2.%d\"\n", version),
-			"sudo/ops":         fmt.Sprintf("deputy ALL = NOPASSWD: /bin/echo v%d\n", version),
-			"once/conf":        fmt.Sprintln(version),
-		})
+// labNoise is nothing that git could make smaller.
+func labNoise(size int) string {
+	b := make([]byte, size)
+	for i := range b {
+		b[i] = byte(rand.Uint32())
 	}
-	config := `
-settle = "100ms"
-[[services]]
-machine = "lab"
-service = "nftables"
-package = "nftables"
-action = "reload"
-check = [ "nft", "-c", "-f", "/etc/nftables.conf" ]
-dirs = [ { local = "/etc/nftables.conf", link = "nft/nftables.conf", file = true } ]
-[[services]]
-machine = "lab"
-service = "cron"
-action = "reload"
-dirs = [ { local = "/etc/cron.d/probe", link = "cron/probe", file = true } ]
-[[services]]
-machine = "lab"
-service = "haproxy"
-action = "reload"
-check = [ "haproxy", "-c", "-f", "/etc/haproxy/haproxy.cfg" ]
-dirs = [ { local = "/etc/haproxy/haproxy.cfg", link = "haproxy/haproxy.cfg", file = true } ]
-[[services]]
-machine = "lab"
-service = "unbound"
-action = "reload"
-check = [ "unbound-checkconf" ]
-dirs = [ { local = "/etc/unbound/unbound.conf.d/lab.conf", link = "unbound/lab.conf", file = true } ]
-[[services]]
-machine = "lab"
-service = "sudoers"
-check = [ "visudo", "-c" ]
-dirs = [ { local = "/etc/sudoers.d/ops", link = "sudo/ops", file = true, mode = "0440" } ]
-[[services]]
-machine = "lab"
-service = "once"
-action = "reload"
-dirs = [ { local = "/srv/once", link = "once" } ]
-`
-	resolver := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "udp", fmt.Sprint("127.0.0.1:", dns))
-	}}
-	serve := func(version int) {
-		t.Helper()
-		waitServed(t, web, fmt.Sprint("v", version))
-		labWait(t, time.Minute, fmt.Sprint("unbound serves version ", version), func() error {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			defer cancel()
-			got, err := resolver.LookupHost(ctx, "web.lab.")
-			if err == nil && strings.Join(got, " ") != fmt.Sprint("192.0.2.", version) {
-				err = fmt.Errorf("%q", got)
-			}
-			return err
-		})
-		if got := l.run("setpriv", "--reuid=deputy", "--clear-groups", "sudo", "-n", "echo",
-			fmt.Sprint("v", version)); got != fmt.Sprint("v", version) {
-			t.Errorf("sudo: %q", got)
-		}
-	}
-
-	first := commit(1)
-	l.configure(u, config)
-	l.start()
-	const hint = `cron.service can't be reloaded: use action = "restart"`
-	l.waitState("cron", "BROKEN", hint)
-	all := []string{"nftables", "haproxy", "unbound", "sudoers", "once"}
-	for _, s := range all {
-		l.waitCommit(s, first)
-	}
-	serve(1)
-
-	l.run("nsenter", "--net=/run/firewall", "nft", "add", "element", "inet", "lab", "blocked",
-		"{ 192.0.2.99 }")
-	l.run("systemctl", "start", "guard")
-	labWait(t, time.Minute, "the guard looks", func() error { return l.guarded(1) })
-	before := map[string]string{}
-	for _, s := range []string{"haproxy", "unbound", "cron"} {
-		before[s] = l.show(s, "MainPID")
-	}
-	second := commit(2)
-	for _, s := range all {
-		l.waitCommit(s, second)
-	}
-	serve(2)
-	l.waitState("cron", "BROKEN", hint)
-	looks := l.lines("/run/guard.looks")
-	labWait(t, time.Minute, "the guard looks again", func() error { return l.guarded(looks + 20) })
-	rules := l.run("nsenter", "--net=/run/firewall", "nft", "list", "set", "inet", "lab", "blocked")
-	for _, address := range []string{"192.0.2.1,", "192.0.2.2,", "192.0.2.99 "} {
-		if !strings.Contains(rules, address) {
-			t.Errorf("the set has no %s: %s", address, rules)
-		}
-	}
-	for s, pid := range before {
-		if now := l.show(s, "MainPID"); now != pid {
-			t.Errorf("a reload made process %s of %s from %s", now, s, pid)
-		}
-	}
-	l.waitFile("/run/once", "1\n2\n")
-
-	// Each one's own check keeps out what it would not take.
-	u.commit(map[string]string{"nft/nftables.conf": "table inet lab { chain input { drop everything; } }\n",
-		"haproxy/haproxy.cfg": "frontend lab\n bind nowhere\n", "unbound/lab.conf": "server:\n nonsense\n",
-		"sudo/ops": "deputy may do all\n"})
-	l.waitState("nftables", "DIFF", "syntax error")
-	l.waitState("haproxy", "DIFF", "haproxy.cfg:2] : 'bind' :")
-	l.waitState("unbound", "DIFF", "unknown keyword")
-	l.waitState("sudoers", "DIFF", "syntax error")
-	serve(2)
-
-	l.configure(u, strings.Replace(config, `action = "reload"
-dirs = [ { local = "/etc/cron.d`, `action = "restart"
-dirs = [ { local = "/etc/cron.d`, 1))
-	l.run("systemctl", "restart", "gitopper")
-	l.waitState("cron", "OK")
-	if now := l.show("cron", "MainPID"); now == before["cron"] {
-		t.Error("cron was not restarted")
-	}
-	if err := l.guarded(0); err != nil {
-		t.Error(err)
-	}
-}
-
-// firewall has nftables.service work in a network of its own, for the machine's is shared. The unit guard
-// looks in a tight loop whether an address that somebody blocked by hand still is.
-func (l *labHost) firewall() {
-	l.write("/run/firewall", "")
-	l.run("unshare", "--net=/run/firewall", "true")
-	l.write("/etc/systemd/system/nftables.service.d/lab.conf",
-		"[Service]\nNetworkNamespacePath=/run/firewall\n")
-	l.write("/usr/local/bin/guard", `#!/bin/sh
-while nft list set inet lab blocked | grep -q 192.0.2.99; do echo >>/run/guard.looks; done
-echo "after $(wc -l </run/guard.looks) looks the address was not blocked" >/run/guard.gone
-`)
-	l.unit("guard.service", "[Service]\nNetworkNamespacePath=/run/firewall\nExecStart=/usr/local/bin/guard\n")
-}
-
-// guarded says whether the guard has looked that often, and never in vain.
-func (l *labHost) guarded(looks int) error {
-	if gone := l.read("/run/guard.gone"); gone != "" {
-		return errors.New(gone)
-	}
-	if n := l.lines("/run/guard.looks"); n < looks {
-		return fmt.Errorf("%d looks", n)
-	}
-	return nil
+	return string(b)
 }
 
 // What is wrong with a unit, or with the disk, is said as what it is; what heals, heals.
@@ -288,15 +120,6 @@ func TestLabTroubleHasItsName(t *testing.T) {
 	l.run("mkdir", "-p", "/srv/small", "/var/lib/gitopper")
 	l.run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/srv/small")
 	l.run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", "/var/lib/gitopper")
-	// Nothing that git could make smaller.
-	chance := rand.New(rand.NewPCG(1, 2))
-	blob := func(size int) string {
-		b := make([]byte, size)
-		for i := range b {
-			b[i] = byte(chance.Uint32())
-		}
-		return string(b)
-	}
 
 	config := "settle = \"100ms\"\nfallback = false\n"
 	for _, s := range []string{"crash", "before", "reload", "stays", "program", "full"} {
@@ -327,11 +150,11 @@ func TestLabTroubleHasItsName(t *testing.T) {
 	l.waitState("reload", "BROKEN", "code=killed, status=7/BUS")
 
 	// The file system of the checkouts, then that of the clones.
-	second := u.commit(map[string]string{"full/blob": blob(2 << 20)})
+	second := u.commit(map[string]string{"full/blob": labNoise(2 << 20)})
 	l.waitState("full", "DIFF", "no space left on device", "make room there")
 	l.run("mount", "-o", "remount,size=100m", "/srv/small")
 	l.waitCommit("full", second)
-	third := u.commit(map[string]string{"full/blob": blob(20 << 20)})
+	third := u.commit(map[string]string{"full/blob": labNoise(20 << 20)})
 	l.waitState("full", "DIFF", "more than half of what is free on the disk of the clones: make room there")
 	l.run("mount", "-o", "remount,size=100m", "/var/lib/gitopper")
 	if _, stderr, err := l.ssh("/do/pull full"); err != nil {
@@ -340,10 +163,8 @@ func TestLabTroubleHasItsName(t *testing.T) {
 	l.waitCommit("full", third)
 }
 
-// A unit that systemd has not met yet is looked for, and one whose file is no longer mounted is forgotten.
-func TestLabUnitFilesComeAndGo(t *testing.T) {
-	l, u := newBareLab(t), newLabUpstream(t)
-	const script = `#!/bin/sh
+// oldieScript is a service of before systemd.
+const oldieScript = `#!/bin/sh
 ### BEGIN INIT INFO
 # Provides: oldie
 # Required-Start:
@@ -353,12 +174,9 @@ func TestLabUnitFilesComeAndGo(t *testing.T) {
 ### END INIT INFO
 echo $1 >>/run/oldie
 `
-	l.unit("app.service", "[Unit]\nAfter=gitopper.service\n[Service]\nExecStart=sleep infinity\n"+
-		"[Install]\nWantedBy=multi-user.target\n")
-	first := u.commit(map[string]string{"oldie/conf": "1\n",
-		"app/env.conf":    "[Service]\nEnvironment=FROM=git\n",
-		"own/own.service": "[Service]\nExecStart=sleep infinity\n"})
-	const rest = `
+
+// oldieEntry, dropInEntry and ownEntry are of a sysv script, and of what systemd reads.
+const oldieEntry = `
 settle = "100ms"
 action = "restart"
 [[services]]
@@ -366,19 +184,41 @@ machine = "lab"
 service = "oldie"
 dirs = [ { local = "/etc/oldie", link = "oldie" } ]
 `
-	const app = `[[services]]
+
+const dropInEntry = `[[services]]
 machine = "lab"
 service = "app"
 dirs = [ { local = "/etc/systemd/system/app.service.d", link = "app" } ]
 `
-	const own = `[[services]]
+
+const ownEntry = `[[services]]
 machine = "lab"
 service = "own"
 dirs = [ { local = "/etc/systemd/system/own.service", link = "own/own.service", file = true } ]
 `
-	l.write("/etc/init.d/oldie", script)
+
+// waitShow waits until systemd says this of a unit.
+func (l *labHost) waitShow(unit, property, want string) {
+	l.t.Helper()
+	labWait(l.t, time.Minute, fmt.Sprintf("%s of %s is %q", property, unit, want), func() error {
+		if got := l.show(unit, property); got != want {
+			return errors.New(got)
+		}
+		return nil
+	})
+}
+
+// A unit that systemd has not met yet is looked for, and one whose file is no longer mounted is forgotten.
+func TestLabUnitFilesComeAndGo(t *testing.T) {
+	l, u := newBareLab(t), newLabUpstream(t)
+	l.unit("app.service", "[Unit]\nAfter=gitopper.service\n[Service]\nExecStart=sleep infinity\n"+
+		"[Install]\nWantedBy=multi-user.target\n")
+	first := u.commit(map[string]string{"oldie/conf": "1\n",
+		"app/env.conf":    "[Service]\nEnvironment=FROM=git\n",
+		"own/own.service": "[Service]\nExecStart=sleep infinity\n"})
+	l.write("/etc/init.d/oldie", oldieScript)
 	l.run("chmod", "755", "/etc/init.d/oldie")
-	l.configure(u, rest+app+own)
+	l.configure(u, oldieEntry+dropInEntry+ownEntry)
 	l.start()
 	for _, s := range []string{"oldie", "app", "own"} {
 		l.waitCommit(s, first)
@@ -416,22 +256,13 @@ dirs = [ { local = "/etc/systemd/system/own.service", link = "own/own.service", 
 	labWait(t, time.Minute, "the unit runs with its drop-in after a reboot", running)
 	l.waitCommit("app", first)
 
-	l.configure(u, rest+strings.Replace(app, "/etc/systemd/system/app.service.d", "", 1)+own)
+	const dropIns = "/etc/systemd/system/app.service.d"
+	l.configure(u, oldieEntry+strings.Replace(dropInEntry, dropIns, "", 1)+ownEntry)
 	l.run("systemctl", "restart", "gitopper")
-	labWait(t, time.Minute, "systemd forgets a drop-in", func() error {
-		if got := l.show("app", "Environment"); got != "" {
-			return errors.New(got)
-		}
-		return nil
-	})
-	l.configure(u, rest)
+	l.waitShow("app", "Environment", "")
+	l.configure(u, oldieEntry)
 	l.run("systemctl", "restart", "gitopper")
-	labWait(t, time.Minute, "systemd forgets a unit", func() error {
-		if got := l.show("own", "LoadState"); got != "not-found" {
-			return errors.New(got)
-		}
-		return nil
-	})
+	l.waitShow("own", "LoadState", "not-found")
 	if got := l.show("own", "ActiveState"); got != "active" {
 		t.Errorf("a unit that left the config is %s", got)
 	}
