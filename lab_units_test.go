@@ -12,23 +12,8 @@ import (
 	"time"
 )
 
-// Units of all kinds, on a real systemd: one whose own unit file comes from the repository, a template
-// instance, a oneshot that a timer starts, one with private mounts, and one that does not exist.
-func TestLabUnits(t *testing.T) {
-	l, u := newLab(t), newLabUpstream(t)
-	hello := func(word string) string {
-		return "[Service]\nExecStart=/bin/sh -c 'echo " + word + " >/run/hello; exec sleep infinity'\n"
-	}
-	l.unit("instance@.service", "[Service]\nExecStart=sleep infinity\nExecReload=cp /srv/instance/conf /run/instance\n[Install]\nWantedBy=multi-user.target\n")
-	l.unit("nightly.service", "[Service]\nType=oneshot\nExecStart=touch /run/nightly\n")
-	l.unit("nightly.timer", "[Timer]\nOnCalendar=2099-01-01\n")
-	l.unit("private.service", "[Service]\nMountFlags=private\nPrivateTmp=yes\nExecStart=sleep infinity\nExecReload=true\n")
-	l.run("systemctl", "start", "nightly.timer")
-	first := u.commit(map[string]string{"hello/hello.service": hello("one"), "instance/conf": "1\n",
-		"nightly/conf": "1\n", "private/conf": "1\n", "private/file": "1\n"})
-	l.write("/srv/private.file", "")
-	l.run("systemctl", "start", "private")
-	l.configure(u, `
+// labUnitEntries are units of all kinds, and what is not there.
+const labUnitEntries = `
 [[services]]
 machine = "lab"
 service = "hello"
@@ -69,7 +54,25 @@ machine = "lab"
 service = "nosuchpackage"
 package = "no-such-package-anywhere"
 dirs = [ { local = "/srv/package", link = "nightly" } ]
-`)
+`
+
+// Units of all kinds, on a real systemd: one whose own unit file comes from the repository, a template
+// instance, a oneshot that a timer starts, one with private mounts, and one that does not exist.
+func TestLabUnits(t *testing.T) {
+	l, u := newLab(t), newLabUpstream(t)
+	hello := func(word string) string {
+		return "[Service]\nExecStart=/bin/sh -c 'echo " + word + " >/run/hello; exec sleep infinity'\n"
+	}
+	l.unit("instance@.service", "[Service]\nExecStart=sleep infinity\nExecReload=cp /srv/instance/conf /run/instance\n[Install]\nWantedBy=multi-user.target\n")
+	l.unit("nightly.service", "[Service]\nType=oneshot\nExecStart=touch /run/nightly\n")
+	l.unit("nightly.timer", "[Timer]\nOnCalendar=2099-01-01\n")
+	l.unit("private.service", "[Service]\nMountFlags=private\nPrivateTmp=yes\nExecStart=sleep infinity\nExecReload=true\n")
+	l.run("systemctl", "start", "nightly.timer")
+	first := u.commit(map[string]string{"hello/hello.service": hello("one"), "instance/conf": "1\n",
+		"nightly/conf": "1\n", "private/conf": "1\n", "private/file": "1\n"})
+	l.write("/srv/private.file", "")
+	l.run("systemctl", "start", "private")
+	l.configure(u, labUnitEntries)
 	l.start()
 	for _, s := range []string{"hello", "instance@a", "nightly"} {
 		l.waitCommit(s, first)
