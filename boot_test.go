@@ -30,32 +30,33 @@ func (w *world) unit(text string) {
 	w.write("fake/"+w.spec.service, text)
 }
 
-// TestBootAdministratorsWish: a unit that an administrator had stopped stays down after a boot, and is reported; what else
-// was down, or was up, is started.
+// TestBootAdministratorsWish: a unit that an administrator had stopped stays down after a boot, and is
+// reported; what else was down, or was up, is started.
 func TestBootAdministratorsWish(t *testing.T) {
-	const up, down = "active\nUnitFileState=", "inactive\nUnitFileState="
+	const isUp, isDown = "active\nUnitFileState=", "inactive\nUnitFileState="
+	const up, down, enabled = isUp + "disabled", isDown + "disabled", isUp + "enabled"
+	const restarts, starts = "activating\nSubState=auto-restart", down + "\nJob=7 /7"
 	for _, tc := range []struct {
 		name   string
 		before []string // what rounds before the boot see
 		after  string   // the boot
 		stays  bool
 	}{
-		{"stopped", []string{down + "disabled", down + "disabled"}, down + "disabled", true},
-		{"stopped long ago", slices.Repeat([]string{down + "disabled"}, 4), down + "disabled", true},
-		{"stopped and left enabled", []string{down + "enabled", down + "enabled"}, down + "enabled", true},
-		{"seen down once", []string{down + "disabled"}, down + "disabled", false},
-		{"up, and nobody's to start", []string{up + "disabled"}, down + "disabled", false},
-		{"disabled right before", []string{up + "enabled"}, down + "disabled", true},
-		{"disabled, seen down once", []string{up + "enabled", down + "disabled"}, down + "disabled", true},
-		{"disabled, seen down", []string{up + "enabled", down + "disabled", down + "disabled"}, down + "disabled", true},
-		{"enabled, not started", []string{up + "enabled"}, down + "enabled", false},
-		{"crashed", []string{"failed", "failed\nResult=exit-code"}, down + "disabled", false},
-		{"about to restart", []string{"activating\nSubState=auto-restart", "activating\nSubState=auto-restart"},
-			down + "disabled", false},
-		{"on its way", []string{down + "disabled\nJob=7 /7", down + "disabled\nJob=7 /7"}, down + "disabled", false},
-		{"stopped, then up", []string{down + "disabled", down + "disabled", up + "disabled"}, down + "disabled", false},
-		{"stopped, and starting", []string{down + "disabled", down + "disabled"}, down + "disabled\nJob=7 /7", false},
-		{"stopped, and failed", []string{down + "disabled", down + "disabled"}, "failed\nResult=exit-code", false},
+		{"stopped", []string{down, down}, down, true},
+		{"stopped long ago", slices.Repeat([]string{down}, 4), down, true},
+		{"stopped, still enabled", slices.Repeat([]string{isDown + "enabled"}, 2), isDown + "enabled", true},
+		{"seen down once", []string{down}, down, false},
+		{"up, and nobody's to start", []string{up}, down, false},
+		{"disabled right before", []string{enabled}, down, true},
+		{"disabled, seen down once", []string{enabled, down}, down, true},
+		{"disabled, seen down", []string{enabled, down, down}, down, true},
+		{"enabled, not started", []string{enabled}, isDown + "enabled", false},
+		{"crashed", []string{"failed", "failed\nResult=exit-code"}, down, false},
+		{"about to restart", []string{restarts, restarts}, down, false},
+		{"on its way", []string{starts, starts}, down, false},
+		{"stopped, then up", []string{down, down, up}, down, false},
+		{"stopped, and starting", []string{down, down}, starts, false},
+		{"stopped, and failed", []string{down, down}, "failed\nResult=exit-code", false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			w := okWorld(t)
@@ -85,7 +86,7 @@ func TestBootAdministratorsWish(t *testing.T) {
 			}
 			w.want("OK", "", "one\n", "start")
 			w.reboot()
-			w.unit(down + "disabled")
+			w.unit(down)
 			w.reconcile()
 			w.want("OK", "", "one\n", "start")
 		})
@@ -95,7 +96,8 @@ func TestBootAdministratorsWish(t *testing.T) {
 // TestBootMasked: what else keeps a stopped unit down is told as that.
 func TestBootMasked(t *testing.T) {
 	for _, tc := range []struct{ unit, told, calls string }{
-		{"inactive\nLoadState=masked\nLoadError=x Unit svc.service is masked.", "Unit svc.service is masked.", ""},
+		{"inactive\nLoadState=masked\nLoadError=x Unit svc.service is masked.",
+			"Unit svc.service is masked.", ""},
 		{"inactive\nLoadState=not-found", "does not exist", "daemon-reload"},
 	} {
 		w := okWorld(t)
@@ -110,8 +112,8 @@ func TestBootMasked(t *testing.T) {
 	}
 }
 
-// TestBootStoppedThenUp: a unit that is up again, by the list of all, which does not tell whether it is enabled, was not
-// stopped.
+// TestBootStoppedThenUp: a unit that is up again, by the list of all, which does not tell whether it is
+// enabled, was not stopped.
 func TestBootStoppedThenUp(t *testing.T) {
 	w := okWorld(t)
 	w.unit("active\nUnitFileState=enabled")
@@ -143,8 +145,8 @@ func TestBootStoppedThenUp(t *testing.T) {
 	w.want("OK", "", "one\n", "start")
 }
 
-// TestBootStoppedIsNoTrial: a commit that comes later brings the unit up, as ever, and one that was just told when the power
-// went has not failed.
+// TestBootStoppedIsNoTrial: a commit that comes later brings the unit up, as ever, and one that was just
+// told when the power went has not failed.
 func TestBootStoppedIsNoTrial(t *testing.T) {
 	w := okWorld(t)
 	w.unit("inactive")
@@ -160,8 +162,8 @@ func TestBootStoppedIsNoTrial(t *testing.T) {
 	w.want("OK", "", "two\n", "start")
 }
 
-// TestShutdownJudgesNothing: while the host shuts down a unit that is down is no trouble, and a commit whose action can't be
-// done is not to blame.
+// TestShutdownJudgesNothing: while the host shuts down a unit that is down is no trouble, and a commit
+// whose action can't be done is not to blame.
 func TestShutdownJudgesNothing(t *testing.T) {
 	w := okWorld(t)
 	w.write("fake/shutdown.target", "inactive\nJob=1 /1")
@@ -173,11 +175,11 @@ func TestShutdownJudgesNothing(t *testing.T) {
 	w.commit("etc/app.conf", "two\n")
 	w.reconcile()
 	w.want("OK", "", "two\n", "")
-	if err := w.op("rollback", w.head()); err == nil || !strings.Contains(err.Error(), "the host is shutting down") {
-		t.Errorf("rollback: %v", err)
-	}
-	if err := w.op("unfreeze", ""); err == nil || !strings.Contains(err.Error(), "the host is shutting down") {
-		t.Errorf("unfreeze: %v", err)
+	for _, verb := range []string{"rollback", "unfreeze"} { // which ends the rollback's pin
+		err := w.op(verb, w.head())
+		if err == nil || !strings.Contains(err.Error(), "the host is shutting down") {
+			t.Errorf("%s: %v", verb, err)
+		}
 	}
 
 	w.unit("inactive\nUnitFileState=disabled")
@@ -187,7 +189,8 @@ func TestShutdownJudgesNothing(t *testing.T) {
 	w.want("OK", "", "two\n", "start")
 }
 
-// TestShutdownDuringAction: an action that the shutdown cancels takes no commit back, and cancels no job of the shutdown's.
+// TestShutdownDuringAction: an action that the shutdown cancels takes no commit back, and cancels no job
+// of the shutdown's.
 func TestShutdownDuringAction(t *testing.T) {
 	w := okWorld(t)
 	w.commit("etc/app.conf", "two\n")
@@ -230,8 +233,9 @@ func TestRollbackUndoesEditsDespiteTrouble(t *testing.T) {
 	w.shows("local/etc/app.conf", "emergency\n")
 }
 
-// TestBootWhileFilesAreAway: what was mounted before the boot is mounted again, also where its files are to be laid out for
-// another user, or shown at other links, and upstream is away; or where the user is not known without a network.
+// TestBootWhileFilesAreAway: what was mounted before the boot is mounted again, also where its files are
+// to be laid out for another user, or shown at other links, and upstream is away; or where the user is not
+// known without a network.
 func TestBootWhileFilesAreAway(t *testing.T) {
 	t.Run("another user", func(t *testing.T) {
 		w := okWorld(t)
@@ -340,14 +344,16 @@ func TestSignersEndNobody(t *testing.T) {
 	r := start(t, "-r", "-t", "100ms", "-c", d.file)
 	r.ready()
 	r.logs("signers: stat /nope: no such file or directory: put the file there")
-	r.metrics(`gitopper_service_state{service="svc"} 4`, `gitopper_service_state{service="other"} 0`, "gitopper_config_ok 1")
+	r.metrics(`gitopper_service_state{service="svc"} 4`, `gitopper_service_state{service="other"} 0`,
+		"gitopper_config_ok 1")
 	w.commit("other/file", "new\n")
 	eventually(t, "other goes on", func() bool { return w.read("local/other/file") == "new\n" })
 	d.write("c.toml", d.svc("")+other)
 	r.ends(2)
 }
 
-// TestOnceWithWrongConfig: the one that was last right does its work, and the status says what is to be mended.
+// TestOnceWithWrongConfig: the one that was last right does its work, and the status says what is to be
+// mended.
 func TestOnceWithWrongConfig(t *testing.T) {
 	w, d := daemonWorld(t)
 	once(t, 0, "svc "+w.head()[:8]+" OK", "-c", d.file)
@@ -357,7 +363,8 @@ func TestOnceWithWrongConfig(t *testing.T) {
 	w.shows("local/etc/app.conf", "two\n")
 }
 
-// TestOthersConfigEndsNobody: a config that others than root can write is told, and is no reason for -r to end.
+// TestOthersConfigEndsNobody: a config that others than root can write is told, and is no reason for -r to
+// end.
 func TestOthersConfigEndsNobody(t *testing.T) {
 	w, d := daemonWorld(t)
 	r := start(t, "-r", "-c", d.file)
@@ -398,7 +405,8 @@ func TestBootUnwritable(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			w, d := daemonWorld(t)
 			state := w.dir + "/state"
-			if err := cmp.Or(os.MkdirAll(state, 0o711), syscall.Mount("tmpfs", state, "tmpfs", 0, "size=4m,mode=711")); err != nil {
+			err := os.MkdirAll(state, 0o711)
+			if err = cmp.Or(err, syscall.Mount("tmpfs", state, "tmpfs", 0, "size=4m,mode=711")); err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { _ = syscall.Unmount(state, syscall.MNT_DETACH) })
@@ -414,7 +422,8 @@ func TestBootUnwritable(t *testing.T) {
 			r.ready()
 			w.shows("local/etc/app.conf", "one\n")
 			r.logs(tc.told)
-			if err := cmp.Or(syscall.Mount("", state, "", syscall.MS_REMOUNT, "size=4m"), os.RemoveAll(state+"/filler")); err != nil {
+			err = syscall.Mount("", state, "", syscall.MS_REMOUNT, "size=4m")
+			if err = cmp.Or(err, os.RemoveAll(state+"/filler")); err != nil {
 				t.Fatal(err)
 			}
 			r.metrics(`gitopper_service_state{service="svc"} 0`)
@@ -423,8 +432,8 @@ func TestBootUnwritable(t *testing.T) {
 	}
 }
 
-// TestBootBootstrapped: a host whose config comes from upstream has its mounts, also where that is away and the config in
-// the checkout is spoilt; and mends it when upstream is back.
+// TestBootBootstrapped: a host whose config comes from upstream has its mounts, also where that is away
+// and the config in the checkout is spoilt; and mends it when upstream is back.
 func TestBootBootstrapped(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -437,7 +446,8 @@ func TestBootBootstrapped(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			w, d := daemonWorld(t)
-			args := append([]string{"-U", "file://" + w.bare, "-M", w.dir + "/own", "-c", "config.toml"}, tc.pull...)
+			args := []string{"-U", "file://" + w.bare, "-M", w.dir + "/own", "-c", "config.toml"}
+			args = append(args, tc.pull...)
 			hash := w.commit(bootConfig(d, "")...)
 			once(t, 0, fmt.Sprintf("gitopper %.8s OK\nsvc %.8s OK", hash, hash), args...)
 			w.unmountAll()
@@ -453,7 +463,8 @@ func TestBootBootstrapped(t *testing.T) {
 			w.shows("local/etc/app.conf", "one\n")
 			r.metrics("gitopper_config_ok 0")
 			w.upstreamComes()
-			r.metrics("gitopper_config_ok 1", `gitopper_service_state{service="gitopper"} 0`, `gitopper_service_state{service="svc"} 0`)
+			r.metrics("gitopper_config_ok 1", `gitopper_service_state{service="gitopper"} 0`,
+				`gitopper_service_state{service="svc"} 0`)
 			w.shows("local/etc/app.conf", "one\n")
 		})
 	}

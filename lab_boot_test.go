@@ -31,14 +31,14 @@ func (l *labHost) cutPower() {
 // wantCalls fails unless a witness was called for just this in this boot.
 func (l *labHost) wantCalls(when, name string, calls ...string) {
 	l.t.Helper()
-	if got := strings.Fields(l.read("/run/" + name + ".calls")); strings.Join(got, " ") != strings.Join(calls, " ") {
+	if got := strings.Fields(l.read("/run/" + name + ".calls")); !slices.Equal(got, calls) {
 		l.t.Errorf("%s: %s was called for %q, want %q", when, name, got, calls)
 	}
 }
 
-// TestLabBootAdministratorsWish: after each boot what an administrator had stopped stays down, and all else runs, with no
-// call but what it takes. It is not fooled by shutdowns (units that stop before gitopper, long before, and after it), a
-// crash and a power cut.
+// TestLabBootAdministratorsWish: after each boot what an administrator had stopped stays down, and all
+// else runs, with no call but what it takes. It is not fooled by shutdowns (units that stop before
+// gitopper, long before, and after it), a crash and a power cut.
 func TestLabBootAdministratorsWish(t *testing.T) {
 	l, u := newLab(t), newLabUpstream(t)
 	hash := u.commit(map[string]string{"app/conf": "1\n"})
@@ -86,7 +86,8 @@ func TestLabBootAdministratorsWish(t *testing.T) {
 	booted := func(when string) {
 		t.Helper()
 		for _, name := range []string{"stopped", "off"} {
-			l.waitState(name, "BROKEN", name+".service stays down, for an administrator had stopped it before the boot")
+			l.waitState(name, "BROKEN",
+				name+".service stays down, for an administrator had stopped it before the boot")
 		}
 		for name := range units {
 			if name != "stopped" && name != "off" {
@@ -105,7 +106,8 @@ func TestLabBootAdministratorsWish(t *testing.T) {
 	l.reboot()
 	booted("after a shutdown")
 	for _, name := range []string{"first", "slow", "last"} {
-		if out, err := l.try("journalctl", "-u", "gitopper", "-q", "-o", "cat", "-g", "^"+name+": .*BROKEN"); err == nil {
+		out, err := l.try("journalctl", "-u", "gitopper", "-q", "-o", "cat", "-g", "^"+name+": .*BROKEN")
+		if err == nil {
 			t.Errorf("a shutdown is told as trouble: %s", out)
 		}
 	}
@@ -136,13 +138,14 @@ type bootTrouble struct {
 	noInterfaces bool    // until it is mended
 }
 
-// TestLabBootTroubles: whatever is wrong, at boot the mounts of before are there before READY, for a unit that knows
-// nothing of gitopper but its name; gitopper stays up, says what is wrong, lets operators in, and all is well again when
-// the cause is gone.
+// TestLabBootTroubles: whatever is wrong, at boot the mounts of before are there before READY, for a unit
+// that knows nothing of gitopper but its name; gitopper stays up, says what is wrong, lets operators in,
+// and all is well again when the cause is gone.
 func TestLabBootTroubles(t *testing.T) {
 	l, u := newLab(t), newLabUpstream(t)
 	hash := u.commit(map[string]string{"app/conf": "1\n", "app/file": "file\n"})
-	l.witness("late", "/srv/app/conf", "[Unit]\nAfter=gitopper.service\n[Install]\nWantedBy=multi-user.target")
+	l.witness("late", "/srv/app/conf",
+		"[Unit]\nAfter=gitopper.service\n[Install]\nWantedBy=multi-user.target")
 	const config = "/etc/gitopper/config.toml"
 	l.configure(u, `
 [[services]]
@@ -188,8 +191,9 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 		{name: "garbage key file", make: func() { l.write("/etc/gitopper/operator.pub", "garbage") },
 			mend: func() { l.write("/etc/gitopper/operator.pub", pub) },
 			log:  kept + ": [global]: keys[0]: ", status: badConfig, state: "OK"},
-		{name: "wrong config", make: func() { l.write(config, right+"[") }, mend: func() { l.write(config, right) },
-			log: kept + ": line ", status: badConfig, state: "OK"},
+		{name: "wrong config", make: func() { l.write(config, right+"[") },
+			mend: func() { l.write(config, right) },
+			log:  kept + ": line ", status: badConfig, state: "OK"},
 		{name: "no config", make: func() { l.run("rm", config) }, mend: func() { l.write(config, right) },
 			log: "is used: config: open " + config + ": no such file", status: badConfig, state: "OK"},
 		{name: "another name",
@@ -197,17 +201,22 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 			mend:   func() { l.write(config, right) },
 			log:    config + ": no entry for this machine (" + l.name + ", lab): mounts of before stay",
 			status: "no entry for this machine", configOK: 1},
-		{name: "taken ports", make: func() { l.run("systemctl", "stop", "gitopper"); take(l.sshPort, l.metricPort) }, mend: giveBack,
-			log: "address already in use", status: "1 services; not all can be had yet, see the log",
+		{name: "taken ports",
+			make: func() { l.run("systemctl", "stop", "gitopper"); take(l.sshPort, l.metricPort) },
+			mend: giveBack, log: "address already in use",
+			status:   "1 services; not all can be had yet, see the log",
 			configOK: 1, state: "OK", noInterfaces: true},
 		{name: "upstream away", make: u.stop, mend: u.start, log: "OK -> DIFF git ls-remote",
 			status: "1 services, 1 in trouble: late", configOK: 1, state: "DIFF", info: "git ls-remote"},
-		{name: "a network that swallows all", make: func() { u.stop(); take(u.port) }, mend: func() { giveBack(); u.start() },
-			log: "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
+		{name: "a network that swallows all", make: func() { u.stop(); take(u.port) },
+			mend: func() { giveBack(); u.start() },
+			log:  "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
 		{name: "damaged clone, upstream away", make: func() { damage(); u.stop() }, mend: u.start,
-			log: "OK -> DIFF git ls-remote", status: "1 services, 1 in trouble: late", configOK: 1, state: "DIFF"},
-		{name: "damaged clone", make: damage, mend: func() { hash = u.commit(map[string]string{"app/file": "new\n"}) },
-			log: "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
+			log: "OK -> DIFF git ls-remote", status: "1 services, 1 in trouble: late",
+			configOK: 1, state: "DIFF"},
+		{name: "damaged clone", make: damage,
+			mend: func() { hash = u.commit(map[string]string{"app/file": "new\n"}) },
+			log:  "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
 		{name: "first look fails, as rarely as we look",
 			make: func() {
 				l.run("systemctl", "stop", "gitopper")
@@ -245,7 +254,8 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 			})
 		})
 	}
-	if out, err := l.try("journalctl", "-b", "-u", "gitopper", "-q", "-o", "cat", "-g", "-> DIFF"); err == nil {
+	out, err := l.try("journalctl", "-b", "-u", "gitopper", "-q", "-o", "cat", "-g", "-> DIFF")
+	if err == nil {
 		t.Errorf("a first look that failed is told as trouble: %s", out)
 	}
 }
@@ -266,7 +276,8 @@ func (l *labHost) bootInto(trouble bootTrouble) {
 
 	l.waitFile("/run/late.seen", "1\n")
 	l.wantCalls(trouble.name, "late", "start")
-	want := []string{"/srv/app: " + labCheckouts + "/late/app", "/srv/file: " + labCheckouts + "/late/app/file"}
+	want := []string{"/srv/app: " + labCheckouts + "/late/app",
+		"/srv/file: " + labCheckouts + "/late/app/file"}
 	if got := l.mounts("/srv"); !slices.Equal(got, want) {
 		t.Errorf("PID 1 has mounted %q, want %q", got, want)
 	}
