@@ -308,18 +308,6 @@ func orDamaged(err error) error {
 	return err
 }
 
-// crashed says that git was ended by what it read: it maps packs, and one that was cut off is a SIGBUS or
-// worse.
-func crashed(err error) bool {
-	exit, ok := errors.AsType[*exec.ExitError](err)
-	if !ok {
-		return false
-	}
-	status, _ := exit.Sys().(syscall.WaitStatus)
-	crashes := []syscall.Signal{syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGABRT}
-	return slices.Contains(crashes, status.Signal())
-}
-
 var (
 	// errRefused says that a server that can filter does not hand out single objects.
 	errRefused = errors.New("upstream refuses single objects")
@@ -410,14 +398,6 @@ func (c *clone) missing(ctx context.Context, ids map[string]bool) (lacks []byte,
 		}
 	}
 	return lacks, nil
-}
-
-// idLines returns ids as git reads them, a line each; nil for none.
-func idLines(ids map[string]bool) (lines []byte) {
-	for _, id := range slices.Sorted(maps.Keys(ids)) {
-		lines = append(lines, id+"\n"...)
-	}
-	return lines
 }
 
 // fetchBlobs fetches the blobs that the clone lacks, in one request.

@@ -491,7 +491,8 @@ func (s *Service) keepEdits(c *candidate) error {
 	undone := slices.DeleteFunc(slices.Clone(kept), isOwn)
 	owns := slices.DeleteFunc(kept, func(p string) bool { return !isOwn(p) })
 	if len(owns) > 0 {
-		slog.Warn(fmt.Sprintf("%s: somebody's own was in the way of a commit, kept as %s", s.service, someOf(owns)))
+		slog.Warn(fmt.Sprintf("%s: somebody's own was in the way of a commit, kept as %s",
+			s.service, someOf(owns)))
 	}
 	if len(undone) > 0 || len(c.diff.edited) > 0 {
 		n := max(len(undone), len(c.diff.edited)) // a file that was removed leaves nothing to keep
@@ -519,8 +520,9 @@ func (s *Service) onTrial(ctx context.Context, v version, err error) bool {
 func (s *Service) takeBack(ctx context.Context, v version, cause error, out *outcome) {
 	good, err := s.today(ctx, s.rec.Good, s.files.live())
 	if err == nil {
-		f := refusal{version: v, Criteria: s.criteria("fallback"), Reason: "fallback", Info: oneLine(fmt.Sprintf(
-			"commit %.8s taken back, %.8s runs; with %.8s: %v", v.Commit, good.Commit, v.Commit, cause))}
+		info := fmt.Sprintf("commit %.8s taken back, %.8s runs; with %.8s: %v",
+			v.Commit, good.Commit, v.Commit, cause)
+		f := refusal{version: v, Criteria: s.criteria("fallback"), Reason: "fallback", Info: oneLine(info)}
 		s.rec.Suspect, s.rec.Good = &suspect{refusal: f}, good
 		s.noteOutcome("taken back: " + oneLine(cause.Error()))
 		s.untell()

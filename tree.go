@@ -405,6 +405,14 @@ func (t tree) blobs(ids map[string]bool) {
 	}
 }
 
+// idLines returns ids as git reads them, a line each; nil for none.
+func idLines(ids map[string]bool) (lines []byte) {
+	for _, id := range slices.Sorted(maps.Keys(ids)) {
+		lines = append(lines, id+"\n"...)
+	}
+	return lines
+}
+
 // commitObject is a commit: its text, the id of its tree, its parents, and when it was made; zero where that
 // makes no sense.
 type commitObject struct {
