@@ -133,7 +133,7 @@ func TestBootStoppedThenUp(t *testing.T) {
 	}
 	look() // it is down
 	since := sinceBoot() + time.Second
-	w.unit(fmt.Sprintf("active\nUnitFileState=disabled\n%s=%d", enteredActive, since.Microseconds()))
+	w.unit(fmt.Sprintf("active\nUnitFileState=disabled\n%s=%d", leftInactive, since.Microseconds()))
 	for range 2 {
 		w.reconcile()
 		w.want("OK", "", "one\n", "")
@@ -441,7 +441,7 @@ func TestBootBootstrapped(t *testing.T) {
 		pull []string
 	}{
 		{"the last right config is kept", true, nil},
-		{"and an existing checkout is to be brought up to date", true, []string{"-P"}},
+		{"and a pull", true, []string{"-P"}},
 		{"no right config is there", false, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

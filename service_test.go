@@ -731,8 +731,8 @@ func TestServiceConfigIsJudgedAnew(t *testing.T) {
 	w.want("OK", "", "two\n", "reload")
 }
 
-// TestServiceAfterBoot: a unit that became active after its mounts were made has been told, one that booted on other files
-// has not.
+// TestServiceAfterBoot: a unit that began to start after its mounts were made has been told, one that may have read other
+// files has not, also where it became active later.
 func TestServiceAfterBoot(t *testing.T) {
 	for _, tc := range []struct {
 		name  string
@@ -753,7 +753,8 @@ func TestServiceAfterBoot(t *testing.T) {
 			}
 			w.boot()
 			since := sinceBoot() + tc.since
-			w.write("fake/svc.service", fmt.Sprintf("active\n%s=%d", enteredActive, since.Microseconds()))
+			w.write("fake/svc.service", fmt.Sprintf("active\n%s=%d\nActiveEnterTimestampMonotonic=%d",
+				leftInactive, since.Microseconds(), (sinceBoot()+time.Minute).Microseconds()))
 			w.reconcile()
 			w.want("OK", "", "one\n", tc.calls)
 			w.restart()

@@ -34,9 +34,11 @@ type unit struct {
 
 const shownProperties = "Id,LoadState,LoadError,ActiveState,SubState,Result,Type,NeedDaemonReload," +
 	"CanReload,CanStop,InvocationID,NRestarts,MainPID,ExecMainCode,ExecMainStatus,Job,TriggeredBy," +
-	"UnitFileState," + enteredActive
+	"UnitFileState," + leftInactive
 
-const enteredActive = "ActiveEnterTimestampMonotonic" // in microseconds; 0: not in this boot
+// leftInactive is when the unit last began to start, in microseconds; 0: not in this boot. It may have read
+// its files from then on, and not only when it became active.
+const leftInactive = "InactiveExitTimestampMonotonic"
 
 // unitNames remembers by which name systemd knows a unit of the config, which may be an alias or lack the
 // suffix: systemctl list-units takes no other. It belongs to the one goroutine that asks for all units.
@@ -144,9 +146,9 @@ func parseUnit(block string) unit {
 	return unit{is: is}
 }
 
-// since is CLOCK_MONOTONIC when the unit last became active in this boot; 0: it did not.
+// since is CLOCK_MONOTONIC when the unit last began to start in this boot; 0: it did not.
 func (u *unit) since() time.Duration {
-	microseconds, _ := strconv.ParseInt(u.is[enteredActive], 10, 64)
+	microseconds, _ := strconv.ParseInt(u.is[leftInactive], 10, 64)
 	return time.Duration(microseconds) * time.Microsecond
 }
 

@@ -206,7 +206,7 @@ ActiveState=active
 SubState=running
 Type=forking
 Job=12 /org/freedesktop/systemd1/job/12
-ActiveEnterTimestampMonotonic=1500000
+InactiveExitTimestampMonotonic=1500000
 TriggeredBy=nginx.socket nginx.path`)
 	if u.is["Id"] != "nginx.service" || !u.up() || u.is["TriggeredBy"] != "nginx.socket nginx.path" {
 		t.Errorf("%+v", u)
