@@ -59,8 +59,8 @@ type daemonsHost struct {
 	web, dns int
 }
 
-func newDaemonsHost(t *testing.T) *daemonsHost {
-	l := &daemonsHost{newBareLab(t), newLabUpstream(t), labPort(), labPort()}
+func newDaemonsHost(host *labHost) *daemonsHost {
+	l := &daemonsHost{host, newLabUpstream(host.t), labPort(), labPort()}
 	l.firewall()
 	l.unit("once.service", "[Service]\nType=oneshot\nRemainAfterExit=yes\n"+
 		"ExecStart=/bin/sh -c 'cat /srv/once/conf >>/run/once'\n")
@@ -113,8 +113,11 @@ func (l *daemonsHost) serve(version int) {
 	}
 }
 
-func TestLabDaemons(t *testing.T) {
-	l := newDaemonsHost(t)
+func TestLabDaemons(t *testing.T) { daemonsLife(t, newBareLab(t)) }
+
+// daemonsLife has a host's daemons get a commit, another one, and one that their checks refuse.
+func daemonsLife(t *testing.T, host *labHost) {
+	l := newDaemonsHost(host)
 	settled := []string{"nftables", "haproxy", "unbound", "sudoers", "once"}
 	deploy := func(version int) {
 		t.Helper()

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,33 +14,34 @@ import (
 )
 
 // TestLabDebian has the main job done on hosts of other Debians than this machine: the oldest one that
-// gitopper is for (git 2.30, OpenSSH 8.4, systemd 247), and with GITOPPER_TEST_ALL the newest, too.
+// gitopper is for (git 2.30, OpenSSH 8.4, systemd 247), and with GITOPPER_TEST_ALL the newest, too, and both
+// with all sorts of daemons.
 func TestLabDebian(t *testing.T) {
 	shareLabs(t)
-	suites := []string{"bullseye"}
-	if os.Getenv("GITOPPER_TEST_ALL") != "" {
-		suites = append(suites, "trixie")
+	roots := cmp.Or(os.Getenv("GITOPPER_TEST_ROOTS"), t.TempDir()) // the first: to stay for the next run
+	boot := func(t *testing.T, suite string) *labHost {
+		l := bootHost(t, "", "LAB_ROOT="+debianRoot(t, roots+"/"+suite))
+		l.run("apt-get", "update", "-qq")
+		return l
 	}
-	for _, suite := range suites {
-		t.Run(suite, func(t *testing.T) {
-			debianLife(t, bootHost(t, "", "LAB_ROOT="+debianRoot(t, suite)))
-		})
+	t.Run("bullseye", func(t *testing.T) { debianLife(t, boot(t, "bullseye")) })
+	if os.Getenv("GITOPPER_TEST_ALL") == "" {
+		return
+	}
+	t.Run("trixie", func(t *testing.T) { debianLife(t, boot(t, "trixie")) })
+	for _, suite := range []string{"bullseye", "trixie"} {
+		t.Run(suite+" daemons", func(t *testing.T) { daemonsLife(t, boot(t, suite)) })
 	}
 }
 
-// debianRoot makes a minimal system of a release. GITOPPER_TEST_ROOTS names a directory in which they stay
-// from one run to the next.
-func debianRoot(t *testing.T, suite string) string {
+// debianRoot makes a minimal system of a release, in a directory of that name, unless it is there.
+func debianRoot(t *testing.T, root string) string {
 	t.Helper()
-	dir := os.Getenv("GITOPPER_TEST_ROOTS")
-	if dir == "" {
-		dir = t.TempDir()
-	}
-	root := filepath.Join(dir, suite)
 	if lexists(root) {
 		return root
 	}
 	const packages = "systemd,systemd-sysv,dbus,git,openssh-client,ca-certificates,procps,iproute2"
+	suite := filepath.Base(root)
 	cmd := exec.Command("debootstrap", "--variant=minbase", "--include="+packages, suite, root+".new",
 		"http://deb.debian.org/debian")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -64,7 +66,6 @@ func debianLife(t *testing.T, l *labHost) {
 		"http {\n\tinclude /etc/nginx/conf.d/*.conf;\n}\n"
 	u.commit(map[string]string{"nginx/nginx.conf": main})
 	first := u.commit(site("one", ""))
-	l.run("apt-get", "update", "-qq")
 	l.configure(u, `
 [[services]]
 machine = "lab"
