@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -431,7 +430,7 @@ func (s *storm) checkEdits(when string) {
 		content := s.read("/" + p)
 		editsIn(content, kept)
 		isWhole := stormWhole(content, "", "edit")
-		if path.Base(p) == "file" {
+		if strings.HasPrefix(content, "file ") { // not by its name, which a kill may have made us forget
 			isWhole = stormWhole(content, "edit ", "file")
 		}
 		if !isWhole || !strings.Contains(content, "edit ") {
