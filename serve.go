@@ -66,8 +66,8 @@ func (s *Service) isTold(ctx context.Context, content string) (bool, error) {
 	return s.toldByBoot(ctx)
 }
 
-// toldByBoot says whether the unit began to start in this boot after the mounts were made, and so runs on what
-// they show. It is an error if an administrator had stopped it before.
+// toldByBoot says whether the unit began to start in this boot after the mounts were made, and so runs on
+// what they show. It is an error if an administrator had stopped it before.
 func (s *Service) toldByBoot(ctx context.Context) (bool, error) {
 	u, err := showUnit(ctx, s.service)
 	switch {

@@ -12,7 +12,8 @@ import (
 	"strings"
 )
 
-// Chapters of the README that are not for the manual: the page has them already, or they are about the source.
+// Chapters of the README that are not for the manual: the page has them already, or they are about the
+// source.
 var leftOut = []string{"Options", "For auditors", "How it is built"}
 
 func main() {
@@ -53,7 +54,8 @@ func main() {
 		m.line(".SH %s", escape(strings.ToUpper(c.title)))
 		m.markdown(c.text)
 	}
-	m.line(".SH SEE ALSO\n.BR git (1),\n.BR ssh (1),\n.BR ssh\\-keygen (1),\n.BR systemctl (1),\n.BR systemd.service (5)")
+	m.line(".SH SEE ALSO\n.BR git (1),\n.BR ssh (1),\n.BR ssh\\-keygen (1),\n" +
+		".BR systemctl (1),\n.BR systemd.service (5)")
 }
 
 type chapter struct {
@@ -76,8 +78,11 @@ func readme(text string) (intro []string, chapters []chapter) {
 		if len(chapters) > 0 {
 			c := &chapters[len(chapters)-1]
 			c.text = append(c.text, line)
-		} else if !isCode && !strings.HasPrefix(line, "```") && !strings.HasPrefix(line, "# ") && !strings.HasPrefix(line, "    ") &&
-			!strings.HasPrefix(line, "What the first one shows") {
+			continue
+		}
+		isOther := func(start string) bool { return strings.HasPrefix(line, start) }
+		notText := []string{"```", "# ", "    ", "What the first one shows"}
+		if !isCode && !slices.ContainsFunc(notText, isOther) {
 			intro = append(intro, line)
 		}
 	}
@@ -91,7 +96,7 @@ func (m *manual) line(format string, args ...any) { fmt.Fprintf(m, format+"\n", 
 
 var (
 	option  = regexp.MustCompile(`^  ?( *-\S.*?)(?:   *(\S.*))?$`) // "  -h, --hosts LIST      names"
-	command = regexp.MustCompile(`^  (\S.*)$`)                     // "  list machines @HOST...", the text below it
+	command = regexp.MustCompile(`^  (\S.*)$`)                     // "  list machines @HOST...", its text below
 )
 
 // help shows what --help prints: options and commands with what they mean, and sentences.
@@ -138,7 +143,9 @@ func (m *manual) markdown(lines []string) {
 		case indented && !isText:
 			m.line(".PP\n.in +4n\n.nf")
 			for ; i < len(lines) && (lines[i] == "" || strings.HasPrefix(lines[i], "    ")); i++ {
-				if next := i + 1; lines[i] == "" && (next == len(lines) || !strings.HasPrefix(lines[next], "    ")) {
+				rest := lines[i+1:]
+				isLast := len(rest) == 0 || !strings.HasPrefix(rest[0], "    ")
+				if lines[i] == "" && isLast {
 					break
 				}
 				m.line("%s", escape(strings.TrimPrefix(lines[i], "    ")))
