@@ -3,20 +3,18 @@
 package main
 
 import (
-	"bytes"
+	"bufio"
 	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
 	"encoding/base64"
-	"errors"
 	"fmt"
-	"html/template"
+	"html"
 	"io"
-	"log/slog"
 	"maps"
 	"net"
-	"net/http"
+	"net/url"
 	"os"
 	"slices"
 	"strconv"
@@ -116,22 +114,24 @@ type metric struct {
 	samples          map[string]float64
 }
 
-// writeMetrics writes the Prometheus text format, version 0.0.4.
+// metricsText is the Prometheus text format, version 0.0.4.
 // See prometheus.io/docs/instrumenting/exposition_formats.
-func writeMetrics(w io.Writer, services []*Service, configOK bool, started time.Time) {
+func metricsText(services []*Service, configOK bool, started time.Time) string {
+	var w strings.Builder
 	for _, m := range slices.Concat(serviceMetrics(services), processMetrics(configOK, started)) {
 		if m.kind == "counter" && m.samples == nil {
 			m.samples = count.samples(m.name)
 		}
-		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", m.name, m.help, m.kind)
+		fmt.Fprintf(&w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", m.name, m.help, m.kind)
 		for _, set := range slices.Sorted(maps.Keys(m.samples)) {
 			value := strconv.FormatFloat(m.samples[set], 'f', -1, 64)
 			if set != "" {
 				set = "{" + set + "}"
 			}
-			fmt.Fprintf(w, "%s%s %s\n", m.name, set, value)
+			fmt.Fprintf(&w, "%s%s %s\n", m.name, set, value)
 		}
 	}
+	return w.String()
 }
 
 func serviceMetrics(services []*Service) []metric {
@@ -233,40 +233,41 @@ type monitor struct {
 	started  time.Time
 }
 
-// serve answers /metrics, /healthz and / on l until ctx is done. Connections are few and short, whoever makes
-// them.
+// serve answers /metrics, /healthz and / on l until ctx is done, one request a connection, in HTTP/1.1 as RFC
+// 9112 has it. Connections are few and short, whoever makes them: they can neither take git's descriptors nor
+// keep others out. What net/http would bring along for this (TLS, HTTP/2, a client) is a quarter of a binary,
+// and of a daemon's memory.
 func (m monitor) serve(ctx context.Context, l net.Listener) {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-		var b bytes.Buffer
-		writeMetrics(&b, m.services(), m.configOK(), m.started)
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_, _ = w.Write(b.Bytes())
-	})
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		if stuck := healthy(m.services()); len(stuck) > 0 {
-			http.Error(w, "stuck: "+someOf(stuck), http.StatusServiceUnavailable)
-			return
+	var last [64]net.Conn // a further one takes the place of the oldest
+	closeAll := func() {
+		_ = l.Close()
+		for _, c := range last {
+			if c != nil {
+				_ = c.Close()
+			}
 		}
-		fmt.Fprintln(w, "ok")
-	})
-	mux.HandleFunc("GET /{$}", m.servePage)
-
-	server := &http.Server{
-		Handler:     hardened(mux),
-		ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
-		ConnState: closeOldest(64), ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
 	}
-	server.SetKeepAlivesEnabled(false)
-	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
-	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		slog.Error(fmt.Sprintf("metrics: %v", err))
+	defer closeAll()
+	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
+
+	header := httpHeader()
+	for i := 0; ctx.Err() == nil; {
+		c, err := l.Accept()
+		if err != nil { // EMFILE, ECONNABORTED and such: it may be better soon
+			time.Sleep(100 * time.Millisecond)
+			continue
+		}
+		if last[i] != nil {
+			_ = last[i].Close()
+		}
+		last[i], i = c, (i+1)%len(last)
+		go m.answer(c, header)
 	}
 }
 
-// hardened has browsers run, load and guess nothing of what they get, keep no copy of it, and show it in
+// httpHeader has browsers run, load and guess nothing of what they get, keep no copy of it, and show it in
 // nobody else's page.
-func hardened(h http.Handler) http.Handler {
+func httpHeader() string {
 	// The page's own style is let through by its hash. See www.w3.org/TR/CSP3.
 	_, style, _ := strings.Cut(pageText, "<style>")
 	style, _, _ = strings.Cut(style, "</style>")
@@ -274,13 +275,65 @@ func hardened(h http.Handler) http.Handler {
 	policy := "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; " +
 		"style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Security-Policy", policy)
-		w.Header().Set("X-Content-Type-Options", "nosniff")
-		w.Header().Set("Referrer-Policy", "no-referrer")
-		w.Header().Set("Cache-Control", "no-store")
-		h.ServeHTTP(w, r)
-	})
+	return strings.Join([]string{"Connection: close", "Content-Security-Policy: " + policy,
+		"X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer", "Cache-Control: no-store"}, "\r\n")
+}
+
+// answer reads a request, and answers it: a line of method, target and version, and lines that say nothing to
+// us, up to an empty one.
+//
+//	GET /metrics HTTP/1.1
+func (m monitor) answer(c net.Conn, header string) {
+	defer c.Close()
+	_ = c.SetReadDeadline(time.Now().Add(2 * time.Second))
+	_ = c.SetWriteDeadline(time.Now().Add(10 * time.Second))
+	in := bufio.NewScanner(io.LimitReader(c, 8<<10))
+	in.Scan()
+	method, rest, _ := strings.Cut(in.Text(), " ")
+	target, version, _ := strings.Cut(rest, " ")
+	isWhole := false
+	for !isWhole && in.Scan() {
+		isWhole = in.Text() == ""
+	}
+
+	status, kind, body := "400 Bad Request", "text/plain", ""
+	if isWhole && strings.HasPrefix(version, "HTTP/1.") {
+		status, kind, body = m.find(method, target)
+	}
+	if body == "" {
+		body = status + "\n"
+	}
+	date := time.Now().UTC().Format("Mon, 02 Jan 2006 15:04:05 GMT")
+	head := fmt.Sprintf("HTTP/1.1 %s\r\nDate: %s\r\nContent-Type: %s; charset=utf-8\r\nContent-Length: %d\r\n"+
+		"%s\r\n\r\n", status, date, kind, len(body), header)
+	_, _ = io.WriteString(c, head)
+	if method != "HEAD" {
+		_, _ = io.WriteString(c, body)
+	}
+}
+
+// find returns what there is at a target, which may be a path or a whole URL.
+func (m monitor) find(method, target string) (status, kind, body string) {
+	const text = "text/plain"
+	u, err := url.ParseRequestURI(target)
+	switch {
+	case err != nil:
+		return "400 Bad Request", text, ""
+	case method != "GET" && method != "HEAD":
+		return "405 Method Not Allowed\r\nAllow: GET, HEAD", text, ""
+	}
+	switch u.Path {
+	case "/metrics":
+		return "200 OK", text + "; version=0.0.4", metricsText(m.services(), m.configOK(), m.started)
+	case "/healthz":
+		if stuck := healthy(m.services()); len(stuck) > 0 {
+			return "503 Service Unavailable", text, "stuck: " + someOf(stuck) + "\n"
+		}
+		return "200 OK", text, "ok\n"
+	case "/":
+		return "200 OK", "text/html", m.page(time.Now())
+	}
+	return "404 Not Found", text, ""
 }
 
 // alertRules are for Prometheus, dashboard is for Grafana.
@@ -294,57 +347,81 @@ var (
 //go:embed testdata/page.html
 var pageText string
 
-var pageTemplate = template.Must(template.New("page").Parse(pageText))
+// What the page shows of a service, and of an event; in the order of columns.
+const (
+	serviceRow = `<tr role="row">
+<th role="rowheader" scope="row" class="name">%s</th>
+<td role="cell"><span class="state %[2]s">%[2]s</span></td>
+<td role="cell"><code>%[3]s</code></td>
+<td role="cell" data-name="pending">%[4]s</td>
+<td role="cell" data-name="since"><time>%[5]s</time></td>
+<td role="cell" data-name="looked">%[6]s</td>
+<td role="cell" class="words">%[7]s</td>
+</tr>
+`
+	eventRow = `<tr role="row">
+<td role="cell"><time>%s</time></td>
+<th role="rowheader" scope="row" class="name">%s</th>
+<td role="cell" class="words">%s</td>
+</tr>
+`
+	emptyRow = `<tr role="row">
+<td role="cell" class="words">%s</td>
+</tr>
+`
+	configWrong = `<strong>a newer config or key file is wrong,
+see the log; the one that was last right is used</strong>`
+)
 
-// pageRow is a service as the page shows it: no more than a key that may only look would be told. What others
-// wrote is escaped by the template.
-type pageRow struct {
-	Service, Info string
-	Facts         template.HTML
-}
-
-// factCells are the cells with what we found ourselves, ready to be shown: with a thousand services the
-// template takes as long for each cell as for all of these.
-const factCells = `<td role="cell"><span class="state %[1]s">%[1]s</span></td>
-<td role="cell"><code>%[2]s</code></td>
-<td role="cell" data-name="pending">%[3]s</td>
-<td role="cell" data-name="since"><time>%[4]s</time></td>
-<td role="cell" data-name="looked">%[5]s</td>`
-
-func (m monitor) servePage(w http.ResponseWriter, _ *http.Request) {
-	var b bytes.Buffer
-	if err := m.writePage(&b, time.Now()); err != nil {
-		http.Error(w, err.Error(), http.StatusInternalServerError)
-		return
+// addRow adds a row to a table's text. The cells are words, whoever wrote them: none of them is read as HTML.
+func addRow(table *strings.Builder, row string, cells ...string) {
+	words := make([]any, len(cells))
+	for i, c := range cells {
+		words[i] = html.EscapeString(c)
 	}
-	w.Header().Set("Content-Type", "text/html; charset=utf-8")
-	_, _ = w.Write(b.Bytes())
+	fmt.Fprintf(table, row, words...)
 }
 
-// writePage writes the page for people: what is in trouble comes first.
-func (m monitor) writePage(w io.Writer, now time.Time) error {
+// page is the page for people: what is in trouble comes first. It tells no more of a service than a key that
+// may only look would be told.
+func (m monitor) page(now time.Time) string {
 	var all []*Status
 	for _, s := range m.services() {
 		all = append(all, s.Status())
 	}
 	slices.SortStableFunc(all, func(a, b *Status) int { return cmp.Compare(b.state, a.state) })
 
-	rows := make([]pageRow, len(all))
-	for i, st := range all {
-		commit := template.HTMLEscapeString(fmt.Sprintf("%.8s", st.Commit))
+	var services, events strings.Builder
+	services.Grow(1024 * len(all))
+	for _, st := range all {
 		pending := ""
 		if st.Pending > 0 {
 			pending = fmt.Sprintf("+%d", st.Pending)
 		}
-		since, look := pageTime(st.Change), age(now, st.LastLook)
-		facts := fmt.Sprintf(factCells, st.State, commit, pending, since, look)
-		rows[i] = pageRow{Service: st.Service, Info: st.Public, Facts: template.HTML(facts)}
+		addRow(&services, serviceRow, st.Service, st.State, fmt.Sprintf("%.8s", st.Commit), pending,
+			pageTime(st.Change), age(now, st.LastLook), st.Public)
 	}
+	if len(all) == 0 {
+		addRow(&services, emptyRow, "none for this host, or none yet")
+	}
+	last := count.lastEvents()
+	for _, e := range last {
+		addRow(&events, eventRow, e.At, e.Service, e.Text)
+	}
+	if len(last) == 0 {
+		addRow(&events, emptyRow, "none since gitopper was started")
+	}
+
 	version, _ := ctl.Version()
-	return pageTemplate.Execute(w, map[string]any{
-		"Host": m.host, "Version": version, "Summary": m.summary(), "ConfigOK": m.configOK(),
-		"Now": pageTime(now), "Services": rows, "Events": count.lastEvents(),
-	})
+	config := configWrong
+	if m.configOK() {
+		config = "right"
+	}
+	fill := strings.NewReplacer("{{host}}", html.EscapeString(m.host),
+		"{{summary}}", html.EscapeString(m.summary()), "{{config}}", config,
+		"{{version}}", html.EscapeString(version), "{{now}}", pageTime(now),
+		"{{services}}\n", services.String(), "{{events}}\n", events.String())
+	return fill.Replace(pageText)
 }
 
 // pageTime is a time as people and HTML's <time> read it; nothing for the zero time.
@@ -371,26 +448,4 @@ func age(now, t time.Time) string {
 		return fmt.Sprintf("%d h ago", hours)
 	}
 	return fmt.Sprintf("%d days ago", hours/24)
-}
-
-// closeOldest keeps a server at limit connections, so that they can't take git's descriptors: a further one
-// takes the place of the oldest, so that they can't keep others out.
-func closeOldest(limit int) func(net.Conn, http.ConnState) {
-	var mu sync.Mutex
-	var open []net.Conn // the oldest first
-	return func(c net.Conn, state http.ConnState) {
-		mu.Lock()
-		defer mu.Unlock()
-
-		switch state {
-		case http.StateNew:
-			open = append(open, c)
-			if len(open) > limit {
-				_ = open[0].Close()
-				open = open[1:]
-			}
-		case http.StateClosed:
-			open = slices.DeleteFunc(open, func(o net.Conn) bool { return o == c })
-		}
-	}
 }

@@ -32,7 +32,7 @@ func TestMetrics(t *testing.T) {
 	services := testServices(t)
 	startCounters(services)
 	var b bytes.Buffer
-	writeMetrics(&b, services, true, time.Unix(1668762000, 0))
+	b.WriteString(metricsText(services, true, time.Unix(1668762000, 0)))
 	text := b.String()
 	if strings.Contains(text, "secret") {
 		t.Error("the password of an upstream is in it")
@@ -59,7 +59,7 @@ func TestMetricsPleasePromtool(t *testing.T) {
 	var b bytes.Buffer
 	services := testServices(t)
 	startCounters(services)
-	writeMetrics(&b, services, false, time.Now())
+	b.WriteString(metricsText(services, false, time.Now()))
 	cmd := exec.Command("promtool", "check", "metrics")
 	cmd.Stdin = &b
 	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
@@ -109,7 +109,7 @@ var gauge = regexp.MustCompile(`\b(gitopper|process)_[a-z_]+`)
 // Alerts and dashboard speak of no metric that there isn't.
 func TestMetricsOfAlertsAndDashboard(t *testing.T) {
 	var there bytes.Buffer
-	writeMetrics(&there, nil, true, time.Now())
+	there.WriteString(metricsText(nil, true, time.Now()))
 	board, stderr, status := gitopper(t, "--dashboard")
 	if status != 0 || stderr != "" {
 		t.Fatalf("--dashboard: status %d: %s", status, stderr)
@@ -210,6 +210,27 @@ func TestHTTP(t *testing.T) {
 	} {
 		if got := resp.Header.Get(name); !strings.HasPrefix(got, want) {
 			t.Errorf("%s: %q, want %q", name, got, want)
+		}
+	}
+	for request, want := range map[string]string{
+		"HEAD /healthz HTTP/1.1\r\nHost: h\r\n\r\n":       "HTTP/1.1 200 OK\r\n",
+		"GET http://h/healthz?x HTTP/1.0\n\n":             "HTTP/1.1 200 OK\r\n",
+		"POST /metrics HTTP/1.1\r\n\r\n":                  "HTTP/1.1 405 Method Not Allowed\r\nAllow: GET, HEAD\r\n",
+		"GET /metrics\r\n\r\n":                            "HTTP/1.1 400 Bad Request\r\n",
+		"GET :x HTTP/1.1\r\n\r\n":                         "HTTP/1.1 400 Bad Request\r\n",
+		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n":                "HTTP/1.1 400 Bad Request\r\n",
+		"GET / HTTP/1.1\r\n" + strings.Repeat("x", 8<<10): "HTTP/1.1 400 Bad Request\r\n",
+	} {
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(c, request)
+		answer, _ := io.ReadAll(c)
+		c.Close()
+		head, body, _ := strings.Cut(string(answer), "\r\n\r\n")
+		if !strings.HasPrefix(head+"\r\n", want) || strings.HasPrefix(request, "HEAD") != (body == "") {
+			t.Errorf("%.40q: %q %q", request, head, body)
 		}
 	}
 	// Strangers that hold connections keep nobody out.

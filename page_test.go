@@ -38,11 +38,7 @@ func testMonitor(services []*Service) monitor {
 // testPage is the page of services.
 func testPage(t *testing.T, services ...*Service) string {
 	t.Helper()
-	var b bytes.Buffer
-	if err := testMonitor(services).writePage(&b, time.Now()); err != nil {
-		t.Fatal(err)
-	}
-	return b.String()
+	return testMonitor(services).page(time.Now())
 }
 
 func TestPage(t *testing.T) {
