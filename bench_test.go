@@ -7,7 +7,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -88,6 +91,98 @@ func BenchmarkCommitGoesLive(b *testing.B) {
 			b.ReportMetric(git.Seconds()*1000/float64(b.N), "git-ms")
 		})
 	}
+}
+
+// BenchmarkLargeLink is a link of 10,000 files, of which a commit changes none, one or all, against git fetch and git
+// reset --hard in an ordinary clone: until all is live, and the processor time of whole passes with all their programs.
+func BenchmarkLargeLink(b *testing.B) {
+	setLogger(io.Discard, false)
+	w := newWorld(b)
+	w.spec.action = ""
+	w.restart()
+	name := func(i int) string { return fmt.Sprintf("etc/%02d/file%03d.conf", i/100, i) }
+	commit := func(files int, text string) {
+		var b strings.Builder
+		b.WriteString("commit refs/heads/main\ncommitter a <a@b> 1767225600 +0000\ndata 2\nc\n" +
+			"from refs/heads/main^0\n")
+		for i := range files {
+			text := fmt.Sprintf("%d\n", i) + text
+			fmt.Fprintf(&b, "M 100644 inline %s\ndata %d\n%s\n", name(i), len(text), text)
+		}
+		cmd := exec.Command("git", "fast-import", "--quiet")
+		cmd.Dir, cmd.Stdin = w.bare, strings.NewReader(b.String())
+		if out, err := cmd.CombinedOutput(); err != nil {
+			w.t.Fatalf("git fast-import: %v: %s", err, out)
+		}
+	}
+	commit(10_000, "first\n")
+	w.reconcile()
+	w.git(w.dir, "clone", "-q", w.spec.upstream, w.dir+"/clone")
+	n := 0
+
+	for _, files := range []int{0, 1, 10_000} {
+		b.Run(fmt.Sprintf("changed=%d", files), func(b *testing.B) {
+			var live, pass, passCPU, git, gitCPU time.Duration
+			for b.Loop() {
+				n++
+				text := fmt.Sprintf("version %d\n", n)
+				commit(files, text)
+				syscall.Sync() // neither pays for what was written before
+				shown := make(<-chan time.Time)
+				gitCPU += cpuOf(func() {
+					git += took(func() {
+						w.git(w.dir+"/clone", "fetch", "-q", "origin")
+						w.git(w.dir+"/clone", "reset", "-q", "--hard", "origin/main")
+					})
+				})
+				if files > 0 {
+					shown = w.whenShown("local/"+name(files-1), fmt.Sprintf("%d\n", files-1)+text)
+				}
+				syscall.Sync()
+				start := time.Now()
+				passCPU += cpuOf(func() { pass += took(w.reconcile) })
+				if files > 0 {
+					live += (<-shown).Sub(start)
+				}
+			}
+			report := func(of time.Duration, unit string) {
+				b.ReportMetric(of.Seconds()*1000/float64(b.N), unit)
+			}
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(float64(live)/float64(git), "live/git")
+			b.ReportMetric(float64(passCPU)/float64(gitCPU), "cpu/git")
+			report(live, "live-ms")
+			report(pass, "pass-ms")
+			report(passCPU, "cpu-ms")
+			report(git, "git-ms")
+			report(gitCPU, "git-cpu-ms")
+		})
+	}
+	b.Run("compare", func(b *testing.B) {
+		want := w.s.files.tree()
+		time.Sleep(youngest)
+		_, _ = w.s.files.compare(b.Context(), want)
+		for b.Loop() {
+			if d, err := w.s.files.compare(b.Context(), want); err != nil || d.changes() > 0 {
+				b.Fatal(d, err)
+			}
+		}
+	})
+}
+
+// cpuOf is the processor time that f takes, with the programs that end in it.
+func cpuOf(f func()) time.Duration {
+	now := func() (sum time.Duration) {
+		for _, who := range []int{syscall.RUSAGE_SELF, syscall.RUSAGE_CHILDREN} {
+			var u syscall.Rusage
+			_ = syscall.Getrusage(who, &u)
+			sum += time.Duration(u.Utime.Nano() + u.Stime.Nano())
+		}
+		return sum
+	}
+	before := now()
+	f()
+	return now() - before
 }
 
 // whenShown watches a file until it holds text, and tells when that was.
