@@ -122,25 +122,27 @@ func BenchmarkLargeLink(b *testing.B) {
 
 	for _, files := range []int{0, 1, 10_000} {
 		b.Run(fmt.Sprintf("changed=%d", files), func(b *testing.B) {
-			var live, pass, passCPU, git, gitCPU time.Duration
+			var live, pass, passCPU, programs, git, gitCPU time.Duration
 			for b.Loop() {
 				n++
 				text := fmt.Sprintf("version %d\n", n)
 				commit(files, text)
 				syscall.Sync() // neither pays for what was written before
 				shown := make(<-chan time.Time)
-				gitCPU += cpuOf(func() {
+				cpu, _ := cpuOf(func() {
 					git += took(func() {
 						w.git(w.dir+"/clone", "fetch", "-q", "origin")
 						w.git(w.dir+"/clone", "reset", "-q", "--hard", "origin/main")
 					})
 				})
+				gitCPU += cpu
 				if files > 0 {
 					shown = w.whenShown("local/"+name(files-1), fmt.Sprintf("%d\n", files-1)+text)
 				}
 				syscall.Sync()
 				start := time.Now()
-				passCPU += cpuOf(func() { pass += took(w.reconcile) })
+				cpu, inPrograms := cpuOf(func() { pass += took(w.reconcile) })
+				passCPU, programs = passCPU+cpu, programs+inPrograms
 				if files > 0 {
 					live += (<-shown).Sub(start)
 				}
@@ -154,6 +156,7 @@ func BenchmarkLargeLink(b *testing.B) {
 			report(live, "live-ms")
 			report(pass, "pass-ms")
 			report(passCPU, "cpu-ms")
+			report(programs, "cpu-programs-ms")
 			report(git, "git-ms")
 			report(gitCPU, "git-cpu-ms")
 		})
@@ -170,19 +173,17 @@ func BenchmarkLargeLink(b *testing.B) {
 	})
 }
 
-// cpuOf is the processor time that f takes, with the programs that end in it.
-func cpuOf(f func()) time.Duration {
-	now := func() (sum time.Duration) {
-		for _, who := range []int{syscall.RUSAGE_SELF, syscall.RUSAGE_CHILDREN} {
-			var u syscall.Rusage
-			_ = syscall.Getrusage(who, &u)
-			sum += time.Duration(u.Utime.Nano() + u.Stime.Nano())
-		}
-		return sum
+// cpuOf is the processor time that f takes: ours, and that of programs that end in it.
+func cpuOf(f func()) (sum, programs time.Duration) {
+	used := func(who int) time.Duration {
+		var u syscall.Rusage
+		_ = syscall.Getrusage(who, &u)
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 	}
-	before := now()
+	self, children := used(syscall.RUSAGE_SELF), used(syscall.RUSAGE_CHILDREN)
 	f()
-	return now() - before
+	programs = used(syscall.RUSAGE_CHILDREN) - children
+	return used(syscall.RUSAGE_SELF) - self + programs, programs
 }
 
 // whenShown watches a file until it holds text, and tells when that was.

@@ -6,12 +6,9 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/sha1"
-	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"log/slog"
 	"maps"
@@ -419,6 +416,7 @@ type objects struct {
 	answers *bufio.Reader
 	end     context.CancelFunc
 	ended   chan error // how git ended
+	asked   []string   // ids that git was given at its start, and did not answer yet
 	left    int64      // bytes of blobs that may still be copied
 	err     error      // after which nothing more is read
 
@@ -427,16 +425,17 @@ type objects struct {
 }
 
 // open starts reading objects of the clone as it is, without network. Where the account of the clone's user
-// does not exist, or there is no clone, it is an error. When ctx is done, reading ends at once.
-func (u *upstream) open(ctx context.Context) (*objects, error) {
+// does not exist, or there is no clone, it is an error. When ctx is done, reading ends at once. Where ids are
+// given they are what will be read, in that order: git goes ahead then, which takes a fraction of the time.
+func (u *upstream) open(ctx context.Context, ids ...string) (*objects, error) {
 	c, err := u.ready(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return c.open(ctx)
+	return c.open(ctx, ids...)
 }
 
-func (c *clone) open(ctx context.Context) (*objects, error) {
+func (c *clone) open(ctx context.Context, ids ...string) (*objects, error) {
 	if !lexists(c.dir + "/config") {
 		return nil, fmt.Errorf("there is no clone of %s yet", redact(c.u.url))
 	}
@@ -447,9 +446,13 @@ func (c *clone) open(ctx context.Context) (*objects, error) {
 	}
 	cmd := c.git("cat-file", "--batch")
 	cmd.Stdin, cmd.Stdout = inRead, outWrite
+	if len(ids) > 0 {
+		cmd.Args = append(cmd.Args, "--buffer")
+		cmd.Stdin = strings.NewReader(strings.Join(ids, "\n") + "\n")
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	o := &objects{
-		c: c, in: in, out: out, answers: bufio.NewReaderSize(out, 64<<10), end: cancel,
+		c: c, in: in, out: out, answers: bufio.NewReaderSize(out, 64<<10), end: cancel, asked: ids,
 		ended: make(chan error, 1), left: maxShown, trees: map[string][]entry{},
 	}
 
@@ -541,7 +544,9 @@ func (o *objects) header(id, kind string) (size int64, err error) {
 	if !isHash(id) {
 		return 0, fmt.Errorf("%.80q is no object id", id)
 	}
-	if _, err := io.WriteString(o.in, id+"\n"); err != nil {
+	if isNext := len(o.asked) > 0 && o.asked[0] == id; isNext {
+		o.asked = o.asked[1:]
+	} else if _, err := io.WriteString(o.in, id+"\n"); err != nil {
 		return 0, errors.Join(err, io.EOF) // git ended: its own words say more
 	}
 	line, err := o.answers.ReadSlice('\n')
@@ -579,14 +584,6 @@ func (o *objects) fail(err error) error {
 	o.err = err
 	o.end()
 	return err
-}
-
-// newHash returns the hash function whose ids have so many hex digits.
-func newHash(digits int) hash.Hash {
-	if digits == 64 {
-		return sha256.New()
-	}
-	return sha1.New()
 }
 
 // isHash says whether s is the full id of an object, SHA-1 or SHA-256.

@@ -5,9 +5,12 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/sha1"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"maps"
 	"os"
@@ -135,13 +138,13 @@ func (f *files) compareAt(ctx context.Context, top place, want tree) (diff, erro
 		if err := ctx.Err(); err != nil {
 			return d, err
 		}
-		there, err := f.findAt(ctx, live, p, want[p], paths)
+		b, wanted := want[p]
+		there, err := f.findAt(ctx, live, p, b, paths)
 		if err != nil {
 			return d, fmt.Errorf("%s/%s: %w", f.dir, p, err)
 		}
 		// In a publish that was cut short nobody knows which of the blobs was live: what is none of them
 		// counts as somebody's own then, and is kept as well.
-		_, wanted := want[p]
 		isLive := len(m.known[p]) > 0 && !m.pending()
 		d.add(p, wanted, isLive, there)
 	}
@@ -190,18 +193,18 @@ func (f *files) compareDirs(live *descent, want tree, d *diff) error {
 // directories returns what must be a directory for want: links, and what lies above and between them and the
 // paths of want.
 func (f *files) directories(want tree) map[string]bool {
-	all := []string{}
+	all := dirsOf(maps.Keys(want))
 	for p, b := range want {
-		if all = append(all, p); b.mode == "160000" {
-			all = append(all, p+"/.")
+		if b.mode == "160000" {
+			all[p] = true
 		}
 	}
 	for _, l := range f.dirs {
 		if l.kind == aDirectory {
-			all = append(all, l.link+"/.")
+			maps.Copy(all, dirsOf(slices.Values([]string{l.link + "/."})))
 		}
 	}
-	return dirsOf(all)
+	return all
 }
 
 // attrs is whose something is, and what they may do with it.
@@ -244,9 +247,17 @@ func (f *files) linkOf(p string) (in dir) {
 
 // paths returns all paths of the manifest and of want, sorted.
 func (f *files) paths(want tree) []string {
-	all := slices.AppendSeq(slices.Clone(f.load().paths), maps.Keys(want))
-	slices.Sort(all)
-	return slices.Compact(all)
+	m := f.load()
+	all := slices.Clip(m.paths)
+	for p := range want {
+		if len(m.known[p]) == 0 {
+			all = append(all, p)
+		}
+	}
+	if len(all) > len(m.paths) {
+		slices.Sort(all)
+	}
+	return all
 }
 
 // findAt says what is live under a path. paths, all of ours and all that are wanted, are sorted.
@@ -254,10 +265,11 @@ func (f *files) findAt(
 	ctx context.Context, live *descent, p string, want blob, paths []string,
 ) (found, error) {
 	known := f.load().known[p]
-	dir, err := live.to(path.Dir(p))
+	parent, name := path.Split(p)
+	dir, err := live.to(parent)
 	var st syscall.Stat_t
 	if err == nil {
-		st, err = dir.lstat(path.Base(p))
+		st, err = dir.lstat(name)
 	}
 	if there, err := f.standing(live, err); there != asWanted {
 		return there, err
@@ -270,7 +282,7 @@ func (f *files) findAt(
 	case isOurDir && len(known) == 0:
 		return ours, nil // a directory of ours stands where a file is to be
 	}
-	has, err := f.match(ctx, dir, path.Base(p), &st, known)
+	has, err := f.match(ctx, dir, name, place{-1}, &st, known)
 	isLink, wantsLink := has.mode == "120000", want.mode == "120000"
 	isModule := isDir(st) && want.mode == "160000"
 	switch {
@@ -307,13 +319,14 @@ func anyBelow(paths []string, dir string) bool {
 }
 
 // match says which of the blobs that we put there a name in a directory still is; zero: none. What it had to
-// read for that it notes, unless the file changed a moment ago.
-func (f *files) match(ctx context.Context, dir place, name string, st *syscall.Stat_t,
+// read for that it notes, unless the file changed a moment ago. file is the name's, place{-1}: not open yet.
+func (f *files) match(ctx context.Context, dir place, name string, file place, st *syscall.Stat_t,
 	known []noted) (blob, error) {
 	if len(known) == 0 {
 		return blob{}, nil
 	}
-	if i := slices.IndexFunc(known, func(n noted) bool { return n.stamp == stampOf(st) }); i >= 0 {
+	now := stampOf(st)
+	if i := slices.IndexFunc(known, func(n noted) bool { return n.stamp == now }); i >= 0 {
 		return known[i].blob, nil
 	}
 
@@ -328,10 +341,12 @@ func (f *files) match(ctx context.Context, dir place, name string, st *syscall.S
 		if !f.mayRead(st.Size, known) {
 			return blob{}, nil
 		}
-		var file *os.File
-		if file, *st, err = dir.openFile(name); err == nil {
+		if isShut := file.fd < 0; isShut {
+			file, *st, err = dir.openFile(name)
+			defer file.close()
+		}
+		if err == nil {
 			id, err = contentID(ctx, file, st.Size, known)
-			file.Close()
 		}
 	}
 	if err != nil {
@@ -383,6 +398,14 @@ func contentID(ctx context.Context, r io.Reader, size int64, known []noted) (str
 		left -= n
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// newHash returns the hash function whose ids have so many hex digits.
+func newHash(digits int) hash.Hash {
+	if digits == 64 {
+		return sha256.New()
+	}
+	return sha1.New()
 }
 
 // mountsInTheWay is an error where somebody mounted something on or around what is to change: files are

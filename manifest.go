@@ -4,10 +4,12 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 )
@@ -47,8 +49,13 @@ type manifest struct {
 	paths      []string           // of known, sorted
 }
 
-func newManifest(live, next version, known map[string][]noted) *manifest {
-	return &manifest{live, next, known, slices.Sorted(maps.Keys(known))}
+// newManifest makes a manifest. Where likely are the sorted paths of known nothing is sorted.
+func newManifest(live, next version, known map[string][]noted, likely ...string) *manifest {
+	isOther := func(p string) bool { return known[p] == nil }
+	if len(likely) != len(known) || slices.ContainsFunc(likely, isOther) {
+		likely = slices.Sorted(maps.Keys(known))
+	}
+	return &manifest{live, next, known, likely}
 }
 
 // pending says that a publish was begun and not finished.
@@ -61,15 +68,20 @@ func (m *manifest) begin(v version, staged map[string]noted) *manifest {
 		same := func(o noted) bool { return o.blob == n.blob }
 		known[p] = append(slices.DeleteFunc(slices.Clone(m.known[p]), same), n)
 	}
-	return newManifest(m.live, v, known)
+	return newManifest(m.live, v, known, m.paths...)
 }
 
 // end returns the manifest after the publish.
 func (m *manifest) end(want tree) *manifest {
 	known := make(map[string][]noted, len(want))
 	for p, b := range want {
+		was := m.known[p]
+		if isSame := len(was) == 1 && was[0].blob == b; isSame {
+			known[p] = was
+			continue
+		}
 		n := noted{stamp: stamp{size: -1}}
-		for _, k := range m.known[p] {
+		for _, k := range was {
 			if k.id == b.id {
 				n = k // the last one is what was staged
 			}
@@ -77,7 +89,7 @@ func (m *manifest) end(want tree) *manifest {
 		n.blob = b
 		known[p] = []noted{n}
 	}
-	return newManifest(m.next, version{}, known)
+	return newManifest(m.next, version{}, known, m.paths...)
 }
 
 // write writes the manifest, one line per path:
@@ -89,11 +101,18 @@ func (m *manifest) end(want tree) *manifest {
 //	end 9f86d081...
 func (m *manifest) write(name string) error {
 	var b bytes.Buffer
+	b.Grow(200 * len(m.paths))
 	fmt.Fprintf(&b, "gitopper manifest 1\nlive %q %q\nnext %q %q\n",
 		m.live.Commit, m.live.Content, m.next.Commit, m.next.Content)
+	var line []byte
 	for _, p := range m.paths {
 		for _, n := range m.known[p] {
-			fmt.Fprintf(&b, "%s %s %d %d %d %d %q\n", n.mode, n.id, n.size, n.inode, n.mtime, n.ctime, p)
+			line = append(append(append(line[:0], n.mode...), ' '), n.id...)
+			line = strconv.AppendInt(append(line, ' '), n.size, 10)
+			line = strconv.AppendUint(append(line, ' '), n.inode, 10)
+			line = strconv.AppendInt(append(line, ' '), n.mtime, 10)
+			line = strconv.AppendInt(append(line, ' '), n.ctime, 10)
+			b.Write(append(strconv.AppendQuote(append(line, ' '), p), '\n'))
 		}
 	}
 	fmt.Fprintf(&b, "end %s\n", digest(b.String()))
@@ -116,19 +135,34 @@ func readManifest(name string) (*manifest, error) {
 		&live.Commit, &live.Content, &next.Commit, &next.Content)
 	known := map[string][]noted{}
 	for i, line := range strings.Split(body, "\n") {
-		var n noted
-		var p string
 		if err != nil || i < 3 {
 			continue
 		}
-		_, err = fmt.Sscanf(line, "%s %s %d %d %d %d %q",
-			&n.mode, &n.id, &n.size, &n.inode, &n.mtime, &n.ctime, &p)
+		var n noted
+		var p string
+		n, p, err = parseNoted(line)
 		known[p] = append(known[p], n)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: not a manifest that this gitopper knows: %w", name, err)
 	}
 	return newManifest(live, next, known), nil
+}
+
+// parseNoted reads a path's line.
+func parseNoted(line string) (n noted, p string, err error) {
+	words := strings.SplitN(line, " ", 7)
+	if len(words) < 7 {
+		return n, "", fmt.Errorf("%q is cut short", line)
+	}
+	var errs [5]error
+	n.blob = blob{words[0], words[1]}
+	n.size, errs[0] = strconv.ParseInt(words[2], 10, 64)
+	n.inode, errs[1] = strconv.ParseUint(words[3], 10, 64)
+	n.mtime, errs[2] = strconv.ParseInt(words[4], 10, 64)
+	n.ctime, errs[3] = strconv.ParseInt(words[5], 10, 64)
+	p, errs[4] = strconv.Unquote(words[6])
+	return n, p, errors.Join(errs[:]...)
 }
 
 // load returns the manifest; one that can't be read is empty.

@@ -455,7 +455,8 @@ func (s *Service) planKept(ctx context.Context, c *candidate) error {
 		if err != nil {
 			continue // nothing is there
 		}
-		is, err := s.files.match(ctx, dir, path.Base(p), &st, []noted{{c.want[p], stamp{size: -1}}})
+		wants := []noted{{c.want[p], stamp{size: -1}}}
+		is, err := s.files.match(ctx, dir, path.Base(p), place{-1}, &st, wants)
 		if err != nil {
 			return err
 		}

@@ -348,7 +348,7 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	if err := s.up.fetchMissing(ctx, c.want); err != nil || s.plan != nil {
 		return c, err
 	}
-	o, err := s.up.open(ctx)
+	o, err := s.up.open(ctx, c.want.idsOf(c.diff.put)...)
 	if err != nil {
 		return nil, err
 	}

@@ -70,7 +70,7 @@ func holds(name, text string) bool {
 	if err != nil {
 		return false
 	}
-	defer file.Close()
+	defer file.close()
 	got, err := io.ReadAll(file)
 	return err == nil && string(got) == text
 }

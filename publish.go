@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"maps"
 	"os"
@@ -31,6 +32,11 @@ func (f *files) stage(ctx context.Context, want tree, d diff,
 		return err
 	}
 	defer top.close()
+	disk, err := top.reopen() // before anything is written, see syncfs
+	if err != nil {
+		return err
+	}
+	defer disk.close()
 
 	short, err := f.enough(top, want, d)
 	if err != nil {
@@ -62,7 +68,18 @@ func (f *files) stage(ctx context.Context, want tree, d diff,
 			return fmt.Errorf("lay out %s/%s: %w", f.dir, p, err)
 		}
 	}
-	return f.syncStaged(ctx, out, d.put)
+	// Else a power cut leaves empty files under the names (XFS, ext4 without auto_da_alloc). All is written
+	// first, for then most syncs find their work done.
+	staged := ownDirs(d.put)
+	for _, p := range d.put {
+		if n := f.staged[p]; n.kind() == syscall.S_IFREG { // or a link's directory
+			staged = append(staged, p)
+		}
+	}
+	if err := out.sync(disk, staged); err != nil {
+		return fmt.Errorf("lay out files in %s: %w", f.dir, err)
+	}
+	return nil
 }
 
 // makeStaged makes a directory of the stage as it will be when it goes live.
@@ -81,6 +98,15 @@ func (a attrs) give(at string) error {
 	return errors.Join(os.Chown(at, a.uid, a.gid), syscall.Chmod(at, a.perm))
 }
 
+// giveFile is give for a file of ours that is open.
+func (a attrs) giveFile(file place) error {
+	st, err := file.stat()
+	if isGiven := attrsOf(&st) == a; isGiven || err != nil {
+		return err
+	}
+	return errors.Join(syscall.Fchown(file.fd, a.uid, a.gid), syscall.Fchmod(file.fd, a.perm))
+}
+
 // stageOne lays out one path; one that has no blob is a link's directory.
 func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 	read func(id string, w io.Writer) (int64, error)) error {
@@ -96,7 +122,8 @@ func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 		return err
 	}
 
-	name, at, a := path.Base(p), dir.path()+"/"+path.Base(p), f.attrs(p, b)
+	name, a := path.Base(p), f.attrs(p, b)
+	at := dir.path() + "/" + name
 	switch b.mode {
 	case "160000":
 		if err = syscall.Mkdirat(dir.fd, name, 0o700); err == nil {
@@ -111,10 +138,10 @@ func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 			err = os.Lchown(at, a.uid, a.gid)
 		}
 	default:
-		var file *os.File
-		if file, err = os.OpenFile(at, createNew, 0o600); err == nil {
+		file := place{-1}
+		if file.fd, err = syscall.Openat(dir.fd, name, createNew, a.perm); err == nil {
 			_, err = read(b.id, file)
-			err = errors.Join(err, file.Close(), a.give(at))
+			err = errors.Join(err, a.giveFile(file), syscall.Close(file.fd))
 		}
 	}
 	if errors.Is(err, syscall.EEXIST) {
@@ -131,36 +158,23 @@ func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 	return err
 }
 
-// syncStaged makes all that is staged outlive a power cut: else that leaves empty files under the names (XFS,
-// ext4 without auto_da_alloc). All is written first, for then most syncs find their work done.
-func (f *files) syncStaged(ctx context.Context, out *descent, put []string) error {
-	for _, p := range slices.Concat(put, slices.Sorted(maps.Keys(dirsOf(put)))) {
-		if n := f.staged[p]; n.kind() != syscall.S_IFREG { // the zero one is a directory of ours
-			continue
-		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		dir, err := out.to(path.Dir(p))
-		if err == nil {
-			err = dir.sync(path.Base(p))
-		}
-		if err != nil {
-			return fmt.Errorf("lay out %s/%s: %w", f.dir, p, err)
-		}
-	}
-	return nil
-}
-
 // dirsOf returns the directories on the way to paths, "." among them.
-func dirsOf(paths []string) map[string]bool {
+func dirsOf(paths iter.Seq[string]) map[string]bool {
 	dirs := map[string]bool{".": true}
-	for _, p := range paths {
+	for p := range paths {
 		for p = path.Dir(p); !dirs[p]; p = path.Dir(p) {
 			dirs[p] = true
 		}
 	}
 	return dirs
+}
+
+// ownDirs returns what names the directories on the way to paths themselves: DIR/.
+func ownDirs(paths []string) (own []string) {
+	for _, p := range slices.Sorted(maps.Keys(dirsOf(slices.Values(paths)))) {
+		own = append(own, p+"/.")
+	}
+	return own
 }
 
 // publish makes what is staged live, path by path, each by one rename, and takes away d.gone; what comes out
@@ -171,6 +185,11 @@ func (f *files) publish(ctx context.Context, v version, want tree, d diff) error
 		return err
 	}
 	defer top.close()
+	disk, err := top.reopen()
+	if err != nil {
+		return err
+	}
+	defer disk.close()
 
 	// From here on the manifest knows what is staged: nothing of it is ever taken for somebody's own.
 	m := f.load().begin(v, f.staged)
@@ -198,7 +217,9 @@ func (f *files) publish(ctx context.Context, v version, want tree, d diff) error
 		}
 	}
 	w.removeEmpty(want)
-	if err := w.sync(slices.Concat(d.put, d.gone)); err != nil {
+	w.live.back(0) // what it holds may have been moved away
+	changed := ownDirs(slices.Concat(d.put, d.gone))
+	if err := errors.Join(w.live.sync(disk, changed), w.out.top.sync(".")); err != nil {
 		return fmt.Errorf("%s: %w", f.dir, err)
 	}
 
@@ -272,7 +293,13 @@ func (w *swap) put(p string) error {
 		}
 
 		base := path.Base(name)
-		err = renameat2(staged, base, dir, base, renameNoReplace)
+		err = syscall.ENOENT
+		if isThere := len(w.f.m.known[name]) > 1; isThere { // with what was live
+			err = renameat2(staged, base, dir, base, renameExchange)
+		}
+		if err == syscall.ENOENT {
+			err = renameat2(staged, base, dir, base, renameNoReplace)
+		}
 		if err == syscall.EEXIST && missing != syscall.ENOENT {
 			err = renameat2(staged, base, dir, base, renameExchange)
 		}
@@ -330,7 +357,7 @@ func (w *swap) takeOut(p string) error {
 // removeEmpty removes the directories that held only what went; a link's own stays, for a mount of a removed
 // directory shows nothing for ever.
 func (w *swap) removeEmpty(want tree) {
-	stay, all := w.f.directories(want), slices.Sorted(maps.Keys(dirsOf(w.f.m.paths)))
+	stay, all := w.f.directories(want), slices.Sorted(maps.Keys(dirsOf(slices.Values(w.f.m.paths))))
 	for _, p := range slices.Backward(all) {
 		if stay[p] {
 			continue
@@ -339,21 +366,6 @@ func (w *swap) removeEmpty(want tree) {
 			_ = syscall.Rmdir(dir.path() + "/" + path.Base(p))
 		}
 	}
-}
-
-// sync makes the names of changed paths outlive a power cut.
-func (w *swap) sync(changed []string) error {
-	w.live.back(0)
-	for _, p := range slices.Sorted(maps.Keys(dirsOf(changed))) {
-		dir, err := w.live.to(p)
-		if err != nil {
-			continue // it is gone, or somebody moved it away
-		}
-		if err := dir.sync("."); err != nil {
-			return err
-		}
-	}
-	return w.out.top.sync(".")
 }
 
 // finish looks at what came out in a publish, after every local shows its link: what is ours is thrown away,
@@ -472,15 +484,16 @@ func (s *sorter) discardOrKeep(ctx context.Context, p string, known []noted) err
 func (f *files) throwAway(ctx context.Context, dir place, name string, known []noted) bool {
 	st, err := dir.lstat(name)
 	isWritten := func() bool { return false }
+	file := place{-1}
 	if st.Mode&syscall.S_IFMT == syscall.S_IFREG {
-		file, _, err := dir.openFile(name)
-		if err != nil {
+		if file, st, err = dir.openFile(name); err != nil {
 			return false
 		}
-		defer file.Close()
-		_, _, refused := syscall.Syscall(syscall.SYS_FCNTL, file.Fd(), fSetLease, syscall.F_RDLCK)
+		defer file.close()
+		fd := uintptr(file.fd)
+		_, _, refused := syscall.Syscall(syscall.SYS_FCNTL, fd, fSetLease, syscall.F_RDLCK)
 		isWritten = func() bool {
-			lease, _, _ := syscall.Syscall(syscall.SYS_FCNTL, file.Fd(), fGetLease, 0)
+			lease, _, _ := syscall.Syscall(syscall.SYS_FCNTL, fd, fGetLease, 0)
 			isBroken := refused == 0 && lease != syscall.F_RDLCK
 			return refused == syscall.EAGAIN || isBroken
 		}
@@ -488,7 +501,7 @@ func (f *files) throwAway(ctx context.Context, dir place, name string, known []n
 	if isWritten() {
 		return false
 	}
-	was, err2 := f.match(ctx, dir, name, &st, known)
+	was, err2 := f.match(ctx, dir, name, file, &st, known)
 	isTheirs := was == blob{} || isWritten()
 	if isTheirs || errors.Join(err, err2) != nil {
 		return false

@@ -405,6 +405,16 @@ func (t tree) blobs(ids map[string]bool) {
 	}
 }
 
+// idsOf returns the ids of the files and symbolic links among paths, in their order.
+func (t tree) idsOf(paths []string) (ids []string) {
+	for _, p := range paths {
+		if b := t[p]; b.id != "" && b.mode != "160000" {
+			ids = append(ids, b.id)
+		}
+	}
+	return ids
+}
+
 // idLines returns ids as git reads them, a line each; nil for none.
 func idLines(ids map[string]bool) (lines []byte) {
 	for _, id := range slices.Sorted(maps.Keys(ids)) {
