@@ -100,33 +100,17 @@ func BenchmarkLargeLink(b *testing.B) {
 	w := newWorld(b)
 	w.spec.action = ""
 	w.restart()
-	name := func(i int) string { return fmt.Sprintf("etc/%02d/file%03d.conf", i/100, i) }
-	commit := func(files int, text string) {
-		var b strings.Builder
-		b.WriteString("commit refs/heads/main\ncommitter a <a@b> 1767225600 +0000\ndata 2\nc\n" +
-			"from refs/heads/main^0\n")
-		for i := range files {
-			text := fmt.Sprintf("%d\n", i) + text
-			fmt.Fprintf(&b, "M 100644 inline %s\ndata %d\n%s\n", name(i), len(text), text)
-		}
-		cmd := exec.Command("git", "fast-import", "--quiet")
-		cmd.Dir, cmd.Stdin = w.bare, strings.NewReader(b.String())
-		if out, err := cmd.CombinedOutput(); err != nil {
-			w.t.Fatalf("git fast-import: %v: %s", err, out)
-		}
-	}
-	commit(10_000, "first\n")
+	w.commitMany(10_000, "first\n")
 	w.reconcile()
 	w.git(w.dir, "clone", "-q", w.spec.upstream, w.dir+"/clone")
 	n := 0
-
 	for _, files := range []int{0, 1, 10_000} {
 		b.Run(fmt.Sprintf("changed=%d", files), func(b *testing.B) {
 			var live, pass, passCPU, programs, git, gitCPU time.Duration
 			for b.Loop() {
 				n++
 				text := fmt.Sprintf("version %d\n", n)
-				commit(files, text)
+				w.commitMany(files, text)
 				syscall.Sync() // neither pays for what was written before
 				shown := make(<-chan time.Time)
 				cpu, _ := cpuOf(func() {
@@ -137,7 +121,7 @@ func BenchmarkLargeLink(b *testing.B) {
 				})
 				gitCPU += cpu
 				if files > 0 {
-					shown = w.whenShown("local/"+name(files-1), fmt.Sprintf("%d\n", files-1)+text)
+					shown = w.whenShown("local/"+manyName(files-1), fmt.Sprintf("%d\n", files-1)+text)
 				}
 				syscall.Sync()
 				start := time.Now()
@@ -147,9 +131,7 @@ func BenchmarkLargeLink(b *testing.B) {
 					live += (<-shown).Sub(start)
 				}
 			}
-			report := func(of time.Duration, unit string) {
-				b.ReportMetric(of.Seconds()*1000/float64(b.N), unit)
-			}
+			report := func(of time.Duration, as string) { b.ReportMetric(of.Seconds()*1000/float64(b.N), as) }
 			b.ReportMetric(0, "ns/op")
 			b.ReportMetric(float64(live)/float64(git), "live/git")
 			b.ReportMetric(float64(passCPU)/float64(gitCPU), "cpu/git")
@@ -171,6 +153,25 @@ func BenchmarkLargeLink(b *testing.B) {
 			}
 		}
 	})
+}
+
+func manyName(i int) string { return fmt.Sprintf("etc/%02d/file%03d.conf", i/100, i) }
+
+// commitMany makes a commit upstream that changes so many files of a large link.
+func (w *world) commitMany(files int, text string) {
+	w.t.Helper()
+	var in strings.Builder
+	in.WriteString("commit refs/heads/main\ncommitter a <a@b> 1767225600 +0000\ndata 2\nc\n" +
+		"from refs/heads/main^0\n")
+	for i := range files {
+		text := fmt.Sprintf("%d\n", i) + text
+		fmt.Fprintf(&in, "M 100644 inline %s\ndata %d\n%s\n", manyName(i), len(text), text)
+	}
+	cmd := exec.Command("git", "fast-import", "--quiet")
+	cmd.Dir, cmd.Stdin = w.bare, strings.NewReader(in.String())
+	if out, err := cmd.CombinedOutput(); err != nil {
+		w.t.Fatalf("git fast-import: %v: %s", err, out)
+	}
 }
 
 // cpuOf is the processor time that f takes: ours, and that of programs that end in it.
