@@ -680,8 +680,14 @@ func TestFilesDress(t *testing.T) {
 	git("-C", up, "commit", "-qm", "one")
 	commit := git("-C", up, "rev-parse", "HEAD")
 
-	b.must("one", b.tree("a/f", "a/f", "sp ace [x]", "sp ace [x]"))
-	dress := func() error { return b.dress(t.Context(), commit, up+"/.git/objects") }
+	want := b.tree("a/f", "a/f", "sp ace [x]", "sp ace [x]")
+	b.must("one", want)
+	beside := tree{"elsewhere/": {"40000", git("-C", up, "rev-parse", "HEAD:elsewhere")}}
+	index, err := indexText(want, beside)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dress := func() error { return b.dress(commit, up+"/.git/objects", index) }
 	for range 2 {
 		if err := dress(); err != nil {
 			t.Fatal(err)
@@ -701,6 +707,9 @@ func TestFilesDress(t *testing.T) {
 	git("-C", b.dir, "stash", "-q")
 	if err := dress(); err != nil || git("-C", b.dir, "stash", "list") == "" {
 		t.Error("the stash is gone", err)
+	}
+	if got := git("-C", b.dir, "ls-files", "-t"); got != "H a/f\nS elsewhere/big\nH sp ace [x]" {
+		t.Error(got)
 	}
 	os.WriteFile(b.dir+"/.git/index", []byte("broken"), 0o644)
 	os.RemoveAll(b.dir + "/.git/refs")

@@ -108,21 +108,22 @@ func runGit(ctx context.Context, verb string, cmd *exec.Cmd, limit time.Duration
 	return out, err
 }
 
-// gitVersion returns an error if there is no git program, or one older than 2.30.
-func gitVersion(ctx context.Context) error {
+// gitVersion returns the version of the git program, 2030 for 2.30; an error if there is none, or an older one.
+func gitVersion(ctx context.Context) (int, error) {
 	cmd := gitCommand(account{uid: os.Getuid()}, "", nil, "--version")
 	out, err := runGit(ctx, "--version", cmd, localLimit)
 	if err != nil {
-		return fmt.Errorf("git is needed, 2.30 or newer: %w", err)
+		return 0, fmt.Errorf("git is needed, 2.30 or newer: %w", err)
 	}
 	var major, minor int
 	if _, err := fmt.Sscanf(string(out), "git version %d.%d", &major, &minor); err != nil {
-		return fmt.Errorf("git --version says %q", strings.TrimSpace(string(out)))
+		return 0, fmt.Errorf("git --version says %q", strings.TrimSpace(string(out)))
 	}
-	if isOld := 1000*major+minor < 2030; isOld {
-		return fmt.Errorf("git %d.%d is too old: 2.30 or newer is needed", major, minor)
+	version := 1000*major + minor
+	if version < 2030 {
+		return 0, fmt.Errorf("git %d.%d is too old: 2.30 or newer is needed", major, minor)
 	}
-	return nil
+	return version, nil
 }
 
 // look is the outcome of a look at one branch of an upstream, and of the fetch that followed it.
@@ -156,6 +157,7 @@ type upstream struct {
 	network        chan struct{} // a lock, held by who has put something in: for the network, dir and tried
 	poke           chan struct{}
 	acct           atomic.Pointer[account] // once found, it stays
+	git            atomic.Int32            // version of the git program, once asked for
 	tried          map[string]tried        // by the name of the work
 
 	mu    sync.Mutex // for all below

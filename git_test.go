@@ -1056,7 +1056,7 @@ func TestGitEnvironment(t *testing.T) {
 	if _, err := u.lsRemote(t.Context()); err == nil || !strings.Contains(err.Error(), "transport 'ext' not allowed") {
 		t.Errorf("ext: %v", err)
 	}
-	if err := gitVersion(t.Context()); err != nil {
+	if _, err := gitVersion(t.Context()); err != nil {
 		t.Error(err)
 	}
 }

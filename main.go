@@ -214,7 +214,7 @@ func (a *agent) work(stdout io.Writer) error {
 			slog.Warn(err.Error())
 		}
 	})
-	if err := gitVersion(a.stop.soft); err != nil {
+	if _, err := gitVersion(a.stop.soft); err != nil {
 		slog.Error(err.Error())
 	}
 	if a.mode == onceMode {

@@ -178,7 +178,8 @@ func (a *agent) configToBe(ctx context.Context, scratch string) (c *config, err 
 
 // plan has each service's pass done, as far as it changes nothing. The error holds all trouble.
 func (a *agent) plan(ctx context.Context, c *config, scratch string) (p *plan, err error) {
-	p, err = &plan{}, gitVersion(ctx)
+	p = &plan{}
+	_, err = gitVersion(ctx)
 	mine := *c
 	mine.services = slices.Clone(c.services)
 	for i := range mine.services {

@@ -422,8 +422,12 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	}
 	commit, objects := s.files.live().Commit, s.up.objectsDir()
 	if before.Content != c.Content || !s.files.isDressed(commit, objects) {
-		s.within(6 * localLimit)
-		if err := s.files.dress(ctx, commit, objects); err != nil {
+		s.within(fetchLimit)
+		index, err := s.up.index(ctx, commit, s.dirs, c.want)
+		if err == nil {
+			err = s.files.dress(commit, objects, index)
+		}
+		if err != nil {
 			slog.Warn(fmt.Sprintf("%s: .git for people: %s", s.service, oneLine(err.Error())))
 		}
 	}

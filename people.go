@@ -3,12 +3,10 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -76,8 +74,8 @@ func holds(name, text string) bool {
 }
 
 // dress writes the .git for people: root's git log and git status work in the directory with it. Objects come
-// from the upstream's by way of alternates. Nothing is ever decided by it. It uses no network.
-func (f *files) dress(ctx context.Context, commit, objects string) error {
+// from the upstream's by way of alternates. Nothing is ever decided by it.
+func (f *files) dress(commit, objects string, index []byte) error {
 	top, err := openOwn(f.dir)
 	if err != nil {
 		return err
@@ -86,7 +84,7 @@ func (f *files) dress(ctx context.Context, commit, objects string) error {
 
 	st, _ := top.lstat(".git")
 	if isOurs := isDir(st) && int(st.Uid) == os.Getuid(); isOurs {
-		if f.fillGit(ctx, top, ".git", commit, objects) == nil {
+		if f.fillGit(top, ".git", commit, objects, index) == nil {
 			return nil
 		}
 	}
@@ -94,9 +92,9 @@ func (f *files) dress(ctx context.Context, commit, objects string) error {
 	// Only a whole new one takes its place: what is wrong may be the upstream's objects, whose owner could
 	// else make us lay one .git after another aside.
 	const fresh = ".git.new"
-	err = errors.Join(ctx.Err(), os.RemoveAll(top.path()+"/"+fresh))
+	err = os.RemoveAll(top.path() + "/" + fresh)
 	if err == nil {
-		err = f.fillGit(ctx, top, fresh, commit, objects)
+		err = f.fillGit(top, fresh, commit, objects, index)
 	}
 	if err == nil {
 		err = except(f.setAside(top, ".git", ".git"), syscall.ENOENT)
@@ -131,7 +129,7 @@ const gitConfig = `[core]
 `
 
 // fillGit writes all of .git but what people made in it.
-func (f *files) fillGit(ctx context.Context, top place, name, commit, objects string) error {
+func (f *files) fillGit(top place, name, commit, objects string, index []byte) error {
 	git := top.path() + "/" + name
 	if err := os.MkdirAll(git+"/refs", 0o700); err != nil {
 		return err
@@ -154,7 +152,7 @@ func (f *files) fillGit(ctx context.Context, top place, name, commit, objects st
 	if err := f.setLock(git); err != nil {
 		return err
 	}
-	if err := f.makeIndex(ctx, git, filepath.Join(f.dir, name), commit); err != nil {
+	if err := writeFile(git+"/index", index); err != nil {
 		return err
 	}
 	return writeFile(git+"/HEAD", []byte(commit+"\n"))
@@ -170,42 +168,6 @@ func (f *files) setLock(git string) error {
 		return writeFile(git+"/index.lock", []byte(lockText))
 	}
 	return os.Remove(git + "/index.lock")
-}
-
-// makeIndex makes an index of commit with our own git: it checks paths when it makes an index, not when it
-// reads one. The work tree is empty meanwhile: our git reads nothing of the user's but objects, which may be
-// forged. git and real both name the .git: by descriptor, and for another process.
-func (f *files) makeIndex(ctx context.Context, git, real, commit string) error {
-	const work = "/gitopper.new"
-	if err := os.RemoveAll(git + work); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(git+work+"/none", 0o700); err != nil {
-		return err
-	}
-	defer os.RemoveAll(git + work)
-
-	links := []string{"ls-files", "-z", "-t", "-s", "--"}
-	for _, d := range f.dirs {
-		links = append(links, d.link)
-	}
-	self := account{uid: os.Getuid(), gid: os.Getgid(), home: "/"}
-	env := []string{"GIT_WORK_TREE=" + real + work + "/none", "GIT_INDEX_FILE=" + real + work + "/index"}
-	list := []byte{}
-	for _, args := range [][]string{{"read-tree", commit}, {"read-tree", "-m", "-u", commit}, links} {
-		cmd := gitCommand(self, real, env, args...)
-		if args[0] == "ls-files" {
-			cmd.Dir = real + work + "/none"
-		}
-		var err error
-		if list, err = runGit(ctx, args[0], cmd, localLimit); err != nil {
-			return err
-		}
-	}
-	if strings.Contains("\x00"+string(list), "\x00H 160000 ") {
-		return errors.New("the clone's objects are not what their ids say: a submodule where there is none")
-	}
-	return os.Rename(git+work+"/index", git+"/index")
 }
 
 // pattern returns what matches exactly a path. See gitignore(5) for the escapes.

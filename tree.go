@@ -362,13 +362,11 @@ func wrongLink(d dir, at entry) string {
 // add adds an entry, whose name is its whole path, and all below it to the tree.
 func (w *walker) add(e entry, depth int) error {
 	w.entries++
-	switch name := path.Base(e.name); {
+	switch {
 	case w.entries > treeEntries:
 		return w.refusal("", "more than %d files and directories below the links", treeEntries)
 	case depth > treeDepth:
 		return w.refusal("", "more than %d directories in each other below the links", treeDepth)
-	case strings.EqualFold(name, ".git"):
-		return w.refusal("", "%q is not a path that may be checked out", e.name)
 	}
 	switch e.mode {
 	case "100644", "100755", "120000", "160000":
@@ -384,8 +382,7 @@ func (w *walker) add(e entry, depth int) error {
 		return err
 	}
 	for _, below := range list {
-		odd := slices.Contains([]string{"", ".", ".."}, below.name)
-		if odd || strings.Contains(below.name, "/") {
+		if !isFileName(below.name) {
 			return w.refusal("", "%q is not a path that may be checked out", e.name+"/"+below.name)
 		}
 		below.name = e.name + "/" + below.name

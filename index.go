@@ -1,0 +1,135 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// index returns a git index of a commit for the .git for people: all files of shown, and what lies beside the
+// links, marked as not checked out.
+func (u *upstream) index(ctx context.Context, commit string, dirs []dir, shown tree) ([]byte, error) {
+	if u.git.Load() == 0 {
+		version, err := gitVersion(ctx)
+		if err != nil {
+			return nil, err
+		}
+		u.git.Store(int32(version))
+	}
+	o, err := u.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer o.close()
+	w := &walker{o: o, commit: commit}
+	c, err := o.commit(commit)
+	if err != nil {
+		return nil, err
+	}
+	isOld := u.git.Load() < 2032 // and does not know directories in an index
+	beside := tree{}
+	if err := w.beside(entry{"40000", "", c.top}, dirs, isOld, beside); err != nil {
+		return nil, err
+	}
+	return indexText(shown, beside)
+}
+
+// beside adds what lies in a directory and is not shown at the links of dirs: directories that no link is in
+// are one path each, with a slash at its end, or else, if they are to be whole, all of their files.
+func (w *walker) beside(in entry, dirs []dir, whole bool, beside tree) error {
+	list, err := w.list(in.id)
+	if err != nil {
+		return err
+	}
+	for _, e := range list {
+		if !isFileName(e.name) {
+			return fmt.Errorf("commit %.8s: %q is not a path that may be checked out", w.commit, e.name)
+		}
+		e.name = path.Join(in.name, e.name)
+		isShown := func(d dir) bool { return within(e.name, d.link) }
+		leadsOn := func(d dir) bool { return within(d.link, e.name) }
+		isDirectory := e.mode == "40000"
+		switch {
+		case slices.ContainsFunc(dirs, isShown):
+		case isDirectory && (whole || slices.ContainsFunc(dirs, leadsOn)):
+			err = w.beside(e, dirs, whole, beside)
+		case isDirectory:
+			beside[e.name+"/"] = blob{e.mode, e.id}
+		default:
+			beside[e.name] = blob{e.mode, e.id}
+		}
+		isBomb := len(beside) > 4*treeEntries || strings.Count(e.name, "/") > treeDepth
+		if isBomb {
+			return fmt.Errorf("commit %.8s: too many files beside the links, or too deep", w.commit)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// isFileName says whether git would check out a name of a tree.
+func isFileName(name string) bool {
+	isOdd := slices.Contains([]string{"", ".", ".."}, name) || strings.EqualFold(name, ".git")
+	return !isOdd && !strings.Contains(name, "/")
+}
+
+// indexText writes an index as in gitformat-index(5), of version 3: entries without what lstat(2) says, so
+// that git looks at the files itself, and whole directories as in a sparse index. Submodules are not checked
+// out, for git would run itself in them.
+func indexText(shown, beside tree) ([]byte, error) {
+	all := maps.Clone(beside)
+	maps.Copy(all, shown)
+	const extended, skipWorktree = 0x4000, 0x4000
+	b := bytes.NewBufferString("DIRC")
+	number := func(v any) { _ = binary.Write(b, binary.BigEndian, v) }
+	number([]uint32{3, uint32(len(all))})
+	digits, hasDirectories := 0, false
+	for _, p := range slices.Sorted(maps.Keys(all)) {
+		e, start := all[p], b.Len()
+		mode, err1 := strconv.ParseUint(e.mode, 8, 32)
+		id, err2 := hex.DecodeString(e.id)
+		if err := errors.Join(err1, err2); err != nil {
+			return nil, err
+		}
+		_, isShown := shown[p]
+		skip := uint16(skipWorktree)
+		if isShown && e.mode != "160000" {
+			skip = 0
+		}
+		number([]uint32{0, 0, 0, 0, 0, 0, uint32(indexMode(mode)), 0, 0, 0})
+		b.Write(id)
+		number([]uint16{extended | uint16(min(len(p), 0xfff)), skip})
+		b.WriteString(p)
+		b.Write(make([]byte, 8-(b.Len()-start)%8))
+		digits, hasDirectories = len(e.id), hasDirectories || e.mode == "40000"
+	}
+	if hasDirectories {
+		b.WriteString("sdir\x00\x00\x00\x00")
+	}
+	h := newHash(digits)
+	h.Write(b.Bytes())
+	return h.Sum(b.Bytes()), nil
+}
+
+// indexMode is the mode that an index has for one of a tree, where old ones have 100664.
+func indexMode(mode uint64) uint64 {
+	switch {
+	case mode&0o170000 != 0o100000:
+		return mode
+	case mode&0o100 != 0:
+		return 0o100755
+	}
+	return 0o100644
+}
