@@ -54,6 +54,7 @@ type files struct {
 	cut     bool             // a publish was cut short before the manifest was read
 	unknown int64            // bytes of files whose size is not known that may still be read
 	full    shortage         // of the last stage that failed for want of space
+	git     stamps           // of the .git for people, as the last comparison found it
 	worn    worn             // as the .git for people was last found to be right
 }
 
@@ -122,6 +123,7 @@ func (f *files) compare(ctx context.Context, want tree) (diff, error) {
 		return diff{}, fmt.Errorf("%s: %w", f.dir, err)
 	}
 	defer top.close()
+	f.git = gitStamps(top)
 	return f.compareAt(ctx, top, want)
 }
 
@@ -524,13 +526,16 @@ func (f *files) standIn(known tree) {
 	f.m = newManifest(version{}, m.next, lost)
 }
 
-// tree returns what is live by the manifest, for when nothing else is being made live.
+// tree returns what is live by the manifest, for when nothing else is being made live. Nobody changes it.
 func (f *files) tree() tree {
-	t := tree{}
-	for p, known := range f.load().known {
-		t[p] = known[0].blob
+	m := f.load()
+	if m.tree == nil {
+		m.tree = make(tree, len(m.known))
+		for p, known := range m.known {
+			m.tree[p] = known[0].blob
+		}
 	}
-	return t
+	return m.tree
 }
 
 // wasAlien says whether what was kept had been in the way of a commit, and not put there by us.

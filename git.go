@@ -128,6 +128,7 @@ func gitVersion(ctx context.Context) (int, error) {
 
 // look is the outcome of a look at one branch of an upstream, and of the fetch that followed it.
 type look struct {
+	ref    string    // see tipRef
 	tip    string    // the branch's commit, in the clone and walked; "" where none is known
 	err    error     // what went wrong in the last look; tip is then of an earlier one
 	misses int       // failures in a row
@@ -180,7 +181,7 @@ func newUpstream(stateDir, url, user string) *upstream {
 // service should know of, and must not wait. All calls come before run and the first look.
 func (u *upstream) track(branch string, dirs []dir, nudge func()) {
 	u.tracked = append(u.tracked, tracking{branch, linksKey(dirs), dirs, nudge})
-	u.looks[branch] = look{}
+	u.looks[branch] = look{ref: tipRef(branch)}
 }
 
 // run looks at upstream for ever: every interval and up to half of it more, sooner while it can't be
@@ -263,7 +264,7 @@ func (u *upstream) looked(branch string) look {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	l := u.looks[branch]
-	l.tip = u.clone.tips[tipRef(branch)]
+	l.tip = u.clone.tips[l.ref]
 	return l
 }
 

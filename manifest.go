@@ -47,6 +47,7 @@ type manifest struct {
 	live, next version            // next: is being made live, else zero
 	known      map[string][]noted // by path; several while next is being made live
 	paths      []string           // of known, sorted
+	tree       tree               // see files.tree; nil: not asked for yet
 }
 
 // newManifest makes a manifest. Where likely are the sorted paths of known nothing is sorted.
@@ -55,7 +56,7 @@ func newManifest(live, next version, known map[string][]noted, likely ...string)
 	if len(likely) != len(known) || slices.ContainsFunc(likely, isOther) {
 		likely = slices.Sorted(maps.Keys(known))
 	}
-	return &manifest{live, next, known, likely}
+	return &manifest{live: live, next: next, known: known, paths: likely}
 }
 
 // pending says that a publish was begun and not finished.

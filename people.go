@@ -27,13 +27,7 @@ func (f *files) locks(git string) (has, wants bool) {
 
 // isDressed says whether the .git for people is that of commit, and was written to the end: HEAD is last.
 func (f *files) isDressed(commit, objects string) bool {
-	now := worn{commit: commit}
-	for i, name := range wornNames {
-		var st syscall.Stat_t
-		if err := syscall.Lstat(f.dir+"/.git/"+name, &st); err == nil {
-			now.files[i] = stampOf(&st)
-		}
-	}
+	now := worn{commit, f.git}
 	if now == f.worn {
 		return true
 	}
@@ -42,7 +36,7 @@ func (f *files) isDressed(commit, objects string) bool {
 		return false
 	}
 	for i, right := range []string{commit + "\n", objects + "\n", f.sparse()} {
-		if !holds(f.dir+"/.git/"+wornNames[i], right) {
+		if !holds(f.dir+"/"+wornNames[i], right) {
 			return false
 		}
 	}
@@ -54,12 +48,27 @@ func (f *files) isDressed(commit, objects string) bool {
 }
 
 // wornNames are the files of the .git for people that are looked at in each pass.
-var wornNames = [...]string{"HEAD", "objects/info/alternates", "info/sparse-checkout", "index.lock"}
+var wornNames = [...]string{
+	".git/HEAD", ".git/objects/info/alternates", ".git/info/sparse-checkout", ".git/index.lock",
+}
 
-// worn is a .git for people: the commit that it shows, and what lstat(2) said of its wornNames.
+// stamps are those of wornNames; zero: it is not there.
+type stamps [len(wornNames)]stamp
+
+// gitStamps returns the stamps of the .git for people in a directory.
+func gitStamps(top place) (found stamps) {
+	for i, name := range wornNames {
+		if st, err := top.lstat(name); err == nil {
+			found[i] = stampOf(&st)
+		}
+	}
+	return found
+}
+
+// worn is a .git for people: the commit that it shows, and its stamps.
 type worn struct {
 	commit string
-	files  [len(wornNames)]stamp
+	files  stamps
 }
 
 // holds says whether a file has that text. Somebody may have put a pipe there, which is none.

@@ -18,7 +18,7 @@ import (
 	"unsafe"
 )
 
-// Numbers that the syscall package lacks: open(2), renameat2(2), fcntl(2).
+// Numbers that the syscall package lacks: open(2), openat2(2), renameat2(2), fcntl(2).
 const (
 	oPath         = 0x200000
 	openFollowNot = oPath | syscall.O_NOFOLLOW | syscall.O_CLOEXEC
@@ -26,6 +26,8 @@ const (
 	createNew     = syscall.O_WRONLY | syscall.O_CREAT | syscall.O_EXCL | syscall.O_CLOEXEC // follows no link
 
 	atSymlinkNoFollow = 0x100
+	sysOpenat2        = 437
+	resolveNoSymlinks = 0x4
 
 	renameNoReplace = 1
 	renameExchange  = 2
@@ -255,10 +257,10 @@ func renameat2(from place, a string, to place, b string, flags uintptr) error {
 // once. Everything on the way is held by descriptor, so that nobody can lead it elsewhere.
 type descent struct {
 	top   place
-	names []string // of the directories that are open below top
-	open  []place
-	last  string // path of the last of them
-	stuck string // the first component that is missing or no directory, of what was asked for last
+	last  string   // path of the last that is open
+	names []string // of the directories on the way there, below top
+	open  []place  // -1: it was passed by, see jump
+	stuck string   // the first component that is missing or no directory, of what was asked for last
 	make  func(parent place, name, path string) error
 }
 
@@ -274,6 +276,11 @@ func (d *descent) to(dir string) (place, error) {
 		same++
 	}
 	d.back(same)
+	same = len(d.names)
+	if d.jump(names[same:]) {
+		d.last = dir
+		return d.at(), nil
+	}
 
 	for i, name := range names[same:] {
 		path := strings.Join(names[:same+i+1], "/")
@@ -294,6 +301,26 @@ func (d *descent) to(dir string) (place, error) {
 	return d.at(), nil
 }
 
+// jump opens a directory some levels down in one go, where the kernel can (openat2(2), since Linux 5.6) and
+// nothing is in the way: a round does this for each directory of each service.
+func (d *descent) jump(names []string) bool {
+	at, err := syscall.BytePtrFromString(strings.Join(names, "/"))
+	if err != nil || len(names) < 2 {
+		return false
+	}
+	how := [3]uint64{openFollowNot | syscall.O_DIRECTORY, 0, resolveNoSymlinks}
+	fd, _, e := syscall.Syscall6(sysOpenat2, uintptr(d.at().fd), uintptr(unsafe.Pointer(at)),
+		uintptr(unsafe.Pointer(&how)), unsafe.Sizeof(how), 0, 0)
+	if e != 0 {
+		return false
+	}
+	for range names[1:] {
+		d.open = append(d.open, place{-1})
+	}
+	d.names, d.open = append(d.names, names...), append(d.open, place{int(fd)})
+	return true
+}
+
 func (d *descent) at() place {
 	if len(d.open) == 0 {
 		return d.top
@@ -301,12 +328,19 @@ func (d *descent) at() place {
 	return d.open[len(d.open)-1]
 }
 
-// back closes all but the first n directories.
+// back closes all but the first n directories, and forgets of these the last ones that were passed by.
 func (d *descent) back(n int) {
-	for _, p := range d.open[n:] {
-		p.close()
+	d.last = ""
+	for i, p := range slices.Backward(d.open) {
+		isOpen := p.fd >= 0
+		if i < n && isOpen {
+			return
+		}
+		if isOpen {
+			p.close()
+		}
+		d.names, d.open = d.names[:i], d.open[:i]
 	}
-	d.names, d.open, d.last = d.names[:n], d.open[:n], ""
 }
 
 func (d *descent) close() { d.back(0) }
