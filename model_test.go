@@ -5,6 +5,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -526,7 +527,9 @@ func (m *model) checkOurs() {
 		}
 	}
 	rec, saved, err := readRecord(recordFile(m.dir+"/state", m.spec.service))
-	if err != nil || !bytes.Equal(saved.rest, m.s.saved.rest) {
+	onDisk, _ := json.Marshal(saved)
+	known, _ := json.Marshal(m.s.saved)
+	if err != nil || !bytes.Equal(onDisk, known) {
 		m.t.Errorf("the record is not the service's: %v", err)
 	}
 	isTold := rec.Told.Content == mf.live.Content

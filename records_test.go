@@ -5,6 +5,7 @@ package main
 import (
 	"encoding/json"
 	"os"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
@@ -256,4 +257,70 @@ func TestStateRecordTroubleOnTrial(t *testing.T) {
 	}
 	w.want("OK", "", "two\n", "")
 	w.runs(h)
+}
+
+// TestRecordEquals changes each value that a record holds: a copy must differ from it then.
+func TestRecordEquals(t *testing.T) {
+	var r record
+	fill(reflect.ValueOf(&r).Elem())
+	n := 0
+	eachLeaf(reflect.ValueOf(&r).Elem(), "", func(name string, leaf, zero reflect.Value) {
+		c, was := r.clone(), reflect.New(leaf.Type()).Elem()
+		was.Set(leaf)
+		if !r.equals(c) {
+			t.Fatal("a copy differs")
+		}
+		leaf.Set(zero)
+		if r.equals(c) || c.equals(&r) {
+			t.Errorf("%s does not count", name)
+		}
+		leaf.Set(was)
+		n++
+	})
+	if n < 25 {
+		t.Errorf("only %d values were looked at", n)
+	}
+}
+
+// fill makes all that v holds, one element in each slice, none of them zero.
+func fill(v reflect.Value) {
+	switch v.Kind() {
+	case reflect.Pointer:
+		v.Set(reflect.New(v.Type().Elem()))
+		fill(v.Elem())
+	case reflect.Slice:
+		v.Set(reflect.MakeSlice(v.Type(), 1, 1))
+		fill(v.Index(0))
+	case reflect.Struct:
+		if v.Type() == reflect.TypeFor[time.Time]() {
+			v.Set(reflect.ValueOf(time.Unix(1, 0)))
+			return
+		}
+		for i := range v.NumField() {
+			fill(v.Field(i))
+		}
+	case reflect.String:
+		v.SetString("x")
+	case reflect.Bool:
+		v.SetBool(true)
+	default:
+		v.SetInt(1)
+	}
+}
+
+// eachLeaf visits what v holds, with the zero value of each: pointers, slices, and what they lead to.
+func eachLeaf(v reflect.Value, name string, visit func(name string, leaf, zero reflect.Value)) {
+	isTime := v.Type() == reflect.TypeFor[time.Time]()
+	switch isStruct := v.Kind() == reflect.Struct && !isTime; {
+	case isStruct:
+		for i := range v.NumField() {
+			eachLeaf(v.Field(i), name+"."+v.Type().Field(i).Name, visit)
+		}
+		return
+	case v.Kind() == reflect.Pointer:
+		eachLeaf(v.Elem(), name, visit)
+	case v.Kind() == reflect.Slice:
+		eachLeaf(v.Index(0), name+"[0]", visit)
+	}
+	visit(name, v, reflect.Zero(v.Type()))
 }

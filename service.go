@@ -26,7 +26,7 @@ type Service struct {
 	gate  func(read func(string) ([]byte, error)) error // judges a candidate of our own config; else nil
 
 	rec      record
-	saved    savedRecord
+	saved    *record  // what is known to be on disk; nil: nothing
 	last     *outcome // of the last pass; nil before the first, and since a rollback was asked for
 	packages packageCheck
 	facts    facts

@@ -166,16 +166,21 @@ type newest struct{ Of, Commit string }
 // record is what must outlive a restart and can't be read again: intent, what was said and tried, and for the
 // next boot what is mounted where. What is live is not in it: the manifest says that (files.go).
 type record struct {
-	Row     row
+	plain
 	Pin     *pin       `json:",omitempty"`
-	Told    told       // without content: the unit must be told
-	Good    version    // the last one on which the unit settled
 	Suspect *suspect   `json:",omitempty"`
 	Refused []refusal  `json:",omitempty"` // the newest last, 20 at most
-	Ran     []ran      `json:"-"`          // in recordText; what went live here, the newest last, see lastRan
-	Newest  newest     // for signers
+	Ran     []ran      `json:",omitempty"` // what went live here, the newest last, see lastRan
 	Mounts  mountTable // what is mounted where, and what was made for it
-	Signers string     `json:",omitempty"` // bootstrap: those of the config that ran last
+}
+
+// plain is what can be compared of a record.
+type plain struct {
+	Row     row
+	Told    told    // without content: the unit must be told
+	Good    version // the last one on which the unit settled
+	Newest  newest  // for signers
+	Signers string  `json:",omitempty"` // bootstrap: those of the config that ran last
 }
 
 // lock makes us the only gitopper on a state directory, until the returned function is called or we end,
@@ -213,21 +218,40 @@ func manifestFile(stateDir, service string) string {
 	return filepath.Join(stateDir, "services", service+".files")
 }
 
-// recordText is a record as it is on disk.
-type recordText struct {
-	*record
-	Ran []ran `json:",omitempty"`
+// clone returns a copy of the record that shares nothing with it.
+func (r *record) clone() *record {
+	c := *r
+	c.Pin, c.Suspect = cloned(r.Pin), cloned(r.Suspect)
+	c.Refused, c.Ran = slices.Clone(r.Refused), slices.Clone(r.Ran)
+	c.Mounts = mountTable{slices.Clone(r.Mounts.Shown), slices.Clone(r.Mounts.Made)}
+	return &c
 }
 
-// savedRecord is what is known to be on disk of a record, to tell whether it changed: what ran, which is
-// long, and the JSON of the rest. The rest is nil where nothing is known.
-type savedRecord struct {
-	rest []byte
-	ran  []ran
+func cloned[T any](p *T) *T {
+	if p == nil {
+		return nil
+	}
+	c := *p
+	return &c
+}
+
+// equals says whether two records say the same.
+func (r *record) equals(o *record) bool {
+	isSame := r.plain == o.plain && equal(r.Pin, o.Pin) && equal(r.Suspect, o.Suspect)
+	isMounted := slices.Equal(r.Mounts.Shown, o.Mounts.Shown) && slices.Equal(r.Mounts.Made, o.Mounts.Made)
+	return isSame && isMounted && slices.Equal(r.Refused, o.Refused) && slices.Equal(r.Ran, o.Ran)
+}
+
+// equal says whether two values are the same, or both missing.
+func equal[T comparable](a, b *T) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return *a == *b
 }
 
 // readRecord reads a record. Of one that is to be written anew nothing counts as saved.
-func readRecord(file string) (rec record, saved savedRecord, err error) {
+func readRecord(file string) (rec record, saved *record, err error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
 		return rec, saved, err
@@ -239,14 +263,10 @@ func readRecord(file string) (rec record, saved savedRecord, err error) {
 	if is.Row == nil {
 		return firstRecord(data), saved, nil
 	}
-	text := recordText{record: &rec}
-	if err := json.Unmarshal(data, &text); err != nil {
-		return record{}, saved, err
+	if err := json.Unmarshal(data, &rec); err != nil {
+		return record{}, nil, err
 	}
-	rec.Ran = text.Ran
-	saved.ran = slices.Clone(rec.Ran)
-	saved.rest, err = json.Marshal(&rec)
-	return rec, saved, err
+	return rec, rec.clone(), nil
 }
 
 // firstRecord reads what the first gitopper that kept records remembered: the commits are enough, contents
@@ -304,22 +324,18 @@ func (s *Service) loadRecord() {
 
 // save writes the record if it changed.
 func (s *Service) save() error {
-	rest, err := json.Marshal(&s.rec)
-	if err != nil {
-		return err
-	}
-	if bytes.Equal(rest, s.saved.rest) && slices.Equal(s.rec.Ran, s.saved.ran) {
+	if s.saved != nil && s.rec.equals(s.saved) {
 		return nil
 	}
-	text, err := json.MarshalIndent(recordText{&s.rec, s.rec.Ran}, "", "\t")
+	text, err := json.MarshalIndent(&s.rec, "", "\t")
 	if err != nil {
 		return err
 	}
-	s.saved = savedRecord{}
+	s.saved = nil
 	if err := writeFile(recordFile(s.stateDir, s.service), text); err != nil {
 		return unwritten(err)
 	}
-	s.saved = savedRecord{rest, slices.Clone(s.rec.Ran)}
+	s.saved = s.rec.clone()
 	return nil
 }
 
