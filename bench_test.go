@@ -22,38 +22,67 @@ func took(f func()) time.Duration {
 	return time.Since(start)
 }
 
-// BenchmarkIdleRound compares a round in which nothing is to be done (a look at upstream, and a pass of each service) with
-// a git ls-remote of the same run. The look at all units, which goes on beside it, is measured on its own: here its
-// systemctl is this binary.
+// BenchmarkIdleRound compares the CPU time of a round in which nothing is to be done (a look at upstream, and
+// a pass of each service) with that of a git ls-remote of the same run. The look at all units, which goes on
+// beside it, is measured on its own, and without its systemctl, which is this binary here.
 func BenchmarkIdleRound(b *testing.B) {
-	for _, n := range []int{1, 100} {
-		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
+	for _, size := range [][2]int{{1, 1}, {100, 1}, {1000, 1}, {100, 100}} {
+		n, files := size[0], size[1]
+		b.Run(fmt.Sprintf("services=%d/files=%d", n, files), func(b *testing.B) {
 			setLogger(io.Discard, false)
-			f := newFleet(b, n)
-			f.okRound()
-			f.commit("other/file", "y\n")
-			f.okRound()
-			var round, units, remote time.Duration
+			f := newIdleFleet(b, n, files)
+			var remote, look, passes, units time.Duration
 			for b.Loop() {
-				remote += took(func() { f.git(f.work, "ls-remote", "-q", f.spec.upstream, "refs/heads/main") })
-				round += took(func() {
+				_, others := cpuOf(func() { f.git(f.work, "ls-remote", "-q", f.spec.upstream, "refs/heads/main") })
+				remote += others
+				all, _ := cpuOf(func() {
 					if err := f.up.lookNow(b.Context(), false); err != nil {
 						b.Fatal(err)
 					}
-					var passes sync.WaitGroup // as in life, where each service has a goroutine
-					for _, s := range f.all {
-						passes.Go(func() { s.pass(b.Context()) })
-					}
-					passes.Wait()
 				})
-				units += took(f.lookAtUnits)
+				look += all
+				all, _ = cpuOf(f.passes)
+				passes += all
+				all, others = cpuOf(f.lookAtUnits)
+				units += all - others
 			}
+			each := func(d time.Duration) float64 { return float64(d.Microseconds()) / float64(b.N) }
 			b.ReportMetric(0, "ns/op")
-			b.ReportMetric(float64(round)/float64(remote), "round/ls-remote")
-			b.ReportMetric(round.Seconds()*1000/float64(b.N), "round-ms")
-			b.ReportMetric(units.Seconds()*1000/float64(b.N), "systemctl-ms")
+			b.ReportMetric(float64(look+passes)/float64(remote), "round/ls-remote")
+			b.ReportMetric(each(remote), "ls-remote-µs")
+			b.ReportMetric(each(look), "look-µs")
+			b.ReportMetric(each(units), "units-µs")
+			b.ReportMetric(each(passes)/float64(n), "µs/pass")
 		})
 	}
+}
+
+// newIdleFleet makes n services of so many files each, for which nothing is to be done.
+func newIdleFleet(b *testing.B, n, files int) *fleet {
+	f := newFleet(b, n)
+	for i := range n * (files - 1) {
+		f.write(fmt.Sprintf("work/svc%03d/etc/more/%d", i%n, i), "y\n")
+	}
+	f.commit("other/file", "y\n")
+	for _, s := range f.all { // whose units need not be told one by one: that would take minutes
+		s.action = ""
+	}
+	f.okRound()
+	for _, s := range f.all {
+		s.action = "reload"
+	}
+	time.Sleep(youngest)
+	f.okRound()
+	return f
+}
+
+// passes has each service make a pass, as in life, where each has a goroutine.
+func (f *fleet) passes() {
+	var all sync.WaitGroup
+	for _, s := range f.all {
+		all.Go(func() { s.work(s.pass, nil) })
+	}
+	all.Wait()
 }
 
 // BenchmarkCommitGoesLive compares the time from a look at a commit until its content can be read at the local with git
@@ -220,4 +249,41 @@ func BenchmarkPage(b *testing.B) {
 	}
 	_, after, _ := process()
 	b.ReportMetric((after-before)*1000/float64(b.N), "cpu-ms")
+}
+
+// BenchmarkParse is what is read of others' text in each round or for each commit: of a thousand each.
+func BenchmarkParse(b *testing.B) {
+	var object, units, mounts strings.Builder
+	for i := range 1000 {
+		fmt.Fprintf(&object, "100644 file%04d\x00%20d", i, i)
+		fmt.Fprintf(&units, "app%d.service loaded active running Application Number %d\n", i, i)
+		fmt.Fprintf(&mounts, "%d 25 254:1 /var/lib/m/app%d/etc /etc/app%d rw,relatime shared:1 - ext4 /dev/x rw\n",
+			i, i, i)
+	}
+	for name, parse := range map[string]func() int{
+		"tree":      func() int { list, _ := parseTree([]byte(object.String()), 20); return len(list) },
+		"units":     func() int { return len(parseActive(units.String(), time.Time{})) },
+		"mountinfo": func() int { list, _ := parseMountinfo(mounts.String()); return len(list) },
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if n := parse(); n != 1000 {
+					b.Fatal(n)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkMetrics is the text of a host with a thousand services.
+func BenchmarkMetrics(b *testing.B) {
+	var services []*Service
+	for i := range 1000 {
+		services = append(services, statusService(Status{Service: fmt.Sprint("service", i), Change: time.Now()}))
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		metricsText(services, true, time.Now())
+	}
 }

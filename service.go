@@ -358,7 +358,7 @@ func retired(stateDir string, services []*Service) (gone []*Service) {
 }
 
 // watchUnits asks systemd every interval for the state of all services' units, in one go, and hands each what
-// it found.
+// it found. A service has a pass then if that is news, or if it had none since the last time.
 func watchUnits(ctx context.Context, services []*Service, interval time.Duration) {
 	var names []string
 	var with []*Service
@@ -367,7 +367,7 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 			names, with = append(names, s.service), append(with, s)
 		}
 	}
-	ids := unitNames{}
+	ids, before := unitNames{}, make([]*Status, len(with))
 	for len(names) > 0 {
 		select {
 		case <-time.After(interval + rand.N(interval/2+1)):
@@ -379,12 +379,15 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 			continue
 		}
 		for i, s := range with {
+			var now *unit // where there was an error the service asks for itself, and has it
 			if err == nil {
-				s.unit.Store(&units[i])
-			} else {
-				s.unit.Store(nil) // it asks for itself, and has the error
+				now = &units[i]
 			}
-			if s.Status().state < stateBroken { // else it is being tried again anyway
+			had, status := before[i], s.Status()
+			before[i] = status
+			isNews := s.unit.Swap(now).differs(now)
+			isTried := status.state >= stateBroken // anyway, and soon
+			if isDue := isNews || status == had; isDue && !isTried {
 				s.nudge()
 			}
 		}

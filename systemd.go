@@ -85,21 +85,26 @@ func showUnit(ctx context.Context, name string) (unit, error) {
 	return units[0], nil
 }
 
-// listActive returns the active units that match one of the patterns, by name. It reads lines of name, load,
-// active and sub state, job, if any, and description.
-//
-//	dbus.socket loaded active listening D-Bus System Message Bus Socket
+// listActive returns the active units that match one of the patterns, by name.
 func listActive(ctx context.Context, patterns []string) (map[string]unit, error) {
-	now, active := time.Now(), map[string]unit{}
+	now := time.Now()
 	args := []string{"list-units", "--full", "--plain", "--no-legend", "--state=active", "--"}
 	out, err := systemctl(ctx, localLimit, append(args, patterns...)...)
-	for line := range strings.Lines(string(out)) {
+	return parseActive(string(out), now), err
+}
+
+// parseActive reads lines of name, load, active and sub state, job, if any, and description.
+//
+//	dbus.socket loaded active listening D-Bus System Message Bus Socket
+func parseActive(out string, now time.Time) map[string]unit {
+	active := map[string]unit{}
+	for line := range strings.Lines(out) {
 		if f := strings.Fields(line); len(f) >= 4 {
 			is := map[string]string{"Id": f[0], "LoadState": f[1], "ActiveState": f[2], "SubState": f[3]}
 			active[f[0]] = unit{is: is, at: now}
 		}
 	}
-	return active, err
+	return active
 }
 
 // errShutdown is why nothing is asked of a unit, and nothing made of its being down.
@@ -179,6 +184,15 @@ func (u *unit) up() bool {
 		return oneshot && !u.says("SubState", "auto-restart") // its timer or socket has it at work
 	}
 	return u.running()
+}
+
+// differs says whether a look at the unit may tell more than the one before: what is not running may count
+// twice.
+func (u *unit) differs(now *unit) bool {
+	if u == nil || now == nil || !now.running() {
+		return true
+	}
+	return !maps.Equal(u.is, now.is)
 }
 
 // well is up for a unit that action is done to: one that is to be stopped is well when it is down.
