@@ -3,13 +3,10 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"os"
@@ -35,6 +32,9 @@ type clone struct {
 	hurt  error              // damage that was found, for the next look
 
 	filter string // of fetches after the first, see fetchTips
+
+	busy  chan struct{} // one for each reader that is lent, as long as that has room
+	spare chan *reader  // that were given back
 }
 
 // What upstream is asked to leave out, see git-rev-list(1): blobs, or large ones.
@@ -59,7 +59,10 @@ func tipRef(branch string) string { return "refs/tips/" + digest(branch) }
 
 // openClone returns the clone in a directory, where there may be none yet.
 func openClone(u *upstream, dir string) *clone {
-	c := &clone{u: u, dir: dir, tips: map[string]string{}, walks: map[walkKey]walked{}, filter: smallBlobs}
+	c := &clone{
+		u: u, dir: dir, tips: map[string]string{}, walks: map[walkKey]walked{}, filter: smallBlobs,
+		busy: make(chan struct{}, 4), spare: make(chan *reader, 4),
+	}
 	refs, _ := os.ReadFile(dir + "/packed-refs")
 	for line := range strings.Lines(string(refs)) { // 606eb576... refs/tips/54f1cf40...
 		id, ref, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
@@ -406,184 +409,6 @@ func (c *clone) fetchBlobs(ctx context.Context, lacks []byte) error {
 		return damaged{fmt.Errorf("blob %.12s %w", lacks, errMissing)}
 	}
 	return c.fetch(ctx, fetchLimit, lacks, noBlobs, "--stdin", "origin")
-}
-
-// objects reads objects by their ids from one git cat-file --batch, and computes each id itself. It never
-// asks upstream, sees what a later fetch brings, and is for one goroutine.
-type objects struct {
-	c       *clone
-	in, out *os.File
-	answers *bufio.Reader
-	end     context.CancelFunc
-	ended   chan error // how git ended
-	asked   []string   // ids that git was given at its start, and did not answer yet
-	left    int64      // bytes of blobs that may still be copied
-	err     error      // after which nothing more is read
-
-	trees map[string][]entry // by id: services share those above their links, and a bomb is made of few
-	kept  int                // entries in trees
-}
-
-// open starts reading objects of the clone as it is, without network. Where the account of the clone's user
-// does not exist, or there is no clone, it is an error. When ctx is done, reading ends at once. Where ids are
-// given they are what will be read, in that order: git goes ahead then, which takes a fraction of the time.
-func (u *upstream) open(ctx context.Context, ids ...string) (*objects, error) {
-	c, err := u.ready(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return c.open(ctx, ids...)
-}
-
-func (c *clone) open(ctx context.Context, ids ...string) (*objects, error) {
-	if !lexists(c.dir + "/config") {
-		return nil, fmt.Errorf("there is no clone of %s yet", redact(c.u.url))
-	}
-	inRead, in, err1 := os.Pipe()
-	out, outWrite, err2 := os.Pipe()
-	if err := errors.Join(err1, err2); err != nil {
-		return nil, err // a pipe that nobody refers to closes itself
-	}
-	cmd := c.git("cat-file", "--batch")
-	cmd.Stdin, cmd.Stdout = inRead, outWrite
-	if len(ids) > 0 {
-		cmd.Args = append(cmd.Args, "--buffer")
-		cmd.Stdin = strings.NewReader(strings.Join(ids, "\n") + "\n")
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	o := &objects{
-		c: c, in: in, out: out, answers: bufio.NewReaderSize(out, 64<<10), end: cancel, asked: ids,
-		ended: make(chan error, 1), left: maxShown, trees: map[string][]entry{},
-	}
-
-	// Somebody else's process may hold the pipes open, so that git's end alone does not end a read.
-	context.AfterFunc(ctx, func() {
-		_, _ = in.Close(), out.Close()
-	})
-	go func() {
-		_, err := runGit(ctx, "cat-file", cmd, fetchLimit)
-		_, _ = inRead.Close(), outWrite.Close()
-		o.ended <- err
-	}()
-	return o, nil
-}
-
-// close ends git. It may be called twice.
-func (o *objects) close() {
-	o.end()
-	o.err = errors.Join(o.err, os.ErrClosed)
-}
-
-// blob copies a blob to w; whatever was copied counts only if there is no error. It is a *refusal if more
-// than 2 GiB would have been copied since open, or if the id names something else than a blob. Of an id that
-// is missing, the tips are walked anew at the next look.
-func (o *objects) blob(id string, w io.Writer) (size int64, err error) {
-	size, err = o.copy(id, "blob", o.left, w)
-	o.left -= size
-	if errors.Is(err, errMissing) {
-		o.c.forget()
-	}
-	return size, err
-}
-
-// whole returns a commit or tree. The entries of a tree take ten times its size in memory.
-func (o *objects) whole(id, kind string) ([]byte, error) {
-	var b bytes.Buffer
-	_, err := o.copy(id, kind, map[string]int64{"commit": maxObject, "tree": maxTree}[kind], &b)
-	return b.Bytes(), err
-}
-
-// copy asks for one object, and copies it to w while its id is computed.
-func (o *objects) copy(id, kind string, limit int64, w io.Writer) (size int64, err error) {
-	if o.err != nil {
-		return 0, o.err
-	}
-	o.expect(0)
-	size, err = o.header(id, kind)
-	switch {
-	case errors.Is(err, errMissing):
-		return 0, fmt.Errorf("%s %.12s %w", kind, id, err)
-	case size > limit:
-		err = &refusal{Reason: "link", Info: fmt.Sprintf("%s %.12s: more than %d MiB", kind, id, limit>>20)}
-	case err == nil:
-		err = o.body(id, kind, size, w)
-	}
-	if err != nil {
-		return size, o.fail(fmt.Errorf("read %s %.12s: %w", kind, id, err))
-	}
-	return size, nil
-}
-
-// body copies what follows the first line of an answer.
-func (o *objects) body(id, kind string, size int64, w io.Writer) error {
-	o.expect(size)
-	h := newHash(len(id))
-	fmt.Fprintf(h, "%s %d\x00", kind, size)
-	if _, err := io.CopyN(io.MultiWriter(h, w), o.answers, size); err != nil {
-		return err
-	}
-	if end, err := o.answers.ReadByte(); err != nil || end != '\n' {
-		return fmt.Errorf("git's answer has no end: %w", err)
-	}
-	if got := hex.EncodeToString(h.Sum(nil)); got != id {
-		return damaged{fmt.Errorf("%s %.12s of the clone is in truth %.12s", kind, id, got)}
-	}
-	return nil
-}
-
-// expect sets the time until which git must have answered with so many bytes: it may be stopped by the user
-// whose it is.
-func (o *objects) expect(size int64) {
-	until := time.Now().Add(o.c.u.patience + time.Duration(size>>20)*time.Second)
-	_ = errors.Join(o.in.SetWriteDeadline(until), o.out.SetReadDeadline(until))
-}
-
-// header asks for an object and reads the first line of the answer: 606eb576... commit 240, or 606eb576...
-// missing.
-func (o *objects) header(id, kind string) (size int64, err error) {
-	if !isHash(id) {
-		return 0, fmt.Errorf("%.80q is no object id", id)
-	}
-	if isNext := len(o.asked) > 0 && o.asked[0] == id; isNext {
-		o.asked = o.asked[1:]
-	} else if _, err := io.WriteString(o.in, id+"\n"); err != nil {
-		return 0, errors.Join(err, io.EOF) // git ended: its own words say more
-	}
-	line, err := o.answers.ReadSlice('\n')
-	if err != nil {
-		return 0, err
-	}
-	if string(line) == id+" missing\n" {
-		return 0, errMissing
-	}
-
-	var got, is string
-	_, err = fmt.Sscanf(string(line), "%s %s %d\n", &got, &is, &size)
-	switch {
-	case err != nil, got != id, size < 0:
-		return 0, fmt.Errorf("git answers %.80q", line)
-	case is != kind:
-		return 0, &refusal{Reason: "link", Info: fmt.Sprintf("object %.12s is a %s, not a %s", id, is, kind)}
-	}
-	return size, nil
-}
-
-// fail ends reading for good, for the answers are out of step. Where git ended by itself it found the clone
-// damaged.
-func (o *objects) fail(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		select {
-		case end := <-o.ended:
-			err = fmt.Errorf("%w: %w", err, orDamaged(end))
-		case <-time.After(o.c.u.patience):
-		}
-	}
-	if errors.As(err, &damaged{}) {
-		o.c.noteDamage(err)
-	}
-	o.err = err
-	o.end()
-	return err
 }
 
 // isHash says whether s is the full id of an object, SHA-1 or SHA-256.

@@ -395,6 +395,9 @@ func (u *upstream) replace(next *clone) error {
 		return err
 	}
 	next.dir, u.clone = u.dir, next
+	for r := next.spareReader(); r != nil; r = next.spareReader() {
+		r.end() // it would look for what comes later in the directory of before
+	}
 	return syncDir(filepath.Dir(u.dir))
 }
 

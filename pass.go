@@ -348,7 +348,11 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	if err := s.up.fetchMissing(ctx, c.want); err != nil || s.plan != nil {
 		return c, err
 	}
-	o, err := s.up.open(ctx, c.want.idsOf(c.diff.put)...)
+	ids := c.want.idsOf(c.diff.put)
+	if len(ids) < 64 { // a git that runs already is quicker
+		ids = nil
+	}
+	o, err := s.up.open(ctx, ids...)
 	if err != nil {
 		return nil, err
 	}

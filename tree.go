@@ -145,6 +145,7 @@ func (c *clone) walkNews(ctx context.Context, tips map[string]string, walks map[
 	blobs map[string]bool, areNew bool, err error) {
 	blobs, areNew = map[string]bool{}, true
 	o := (*objects)(nil)
+	defer func() { o.close() }()
 	for _, t := range c.u.tracked {
 		ref := tipRef(t.branch)
 		key := walkKey{tips[ref], t.links}
@@ -152,10 +153,10 @@ func (c *clone) walkNews(ctx context.Context, tips map[string]string, walks map[
 			continue
 		}
 		if o == nil || o.err != nil { // what one service must not have ends the reading
+			o.close()
 			if o, err = c.open(ctx); err != nil {
 				return nil, false, err
 			}
-			defer o.close()
 		}
 
 		before := walks[walkKey{c.tips[ref], t.links}]
