@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 	"unicode"
@@ -102,6 +103,73 @@ func execute(ctx context.Context, p program) ([]byte, error) {
 	slog.Debug(fmt.Sprintf("run %q", p.cmd.Args), "dir", p.cmd.Dir, "uid", uid,
 		"took", time.Since(start).Round(time.Millisecond), "error", err)
 	return stdout.Bytes(), err
+}
+
+// batch lets callers share runs of do, of which there is one at a time. A run serves all who came before it
+// began, and nobody who came later: no answer is older than its question.
+type batch[T any] struct {
+	do   func(ctx context.Context, names []string) ([]T, error) // answers in the order of the names
+	busy sync.Mutex                                             // held by the run under way
+	mu   sync.Mutex                                             // guards next, and what callers change in it
+	next *batchRun[T]                                           // gathers callers until it begins
+}
+
+// batchRun is one run of a batch.
+type batchRun[T any] struct {
+	names   []string
+	waiting int                // callers that have not left
+	end     context.CancelFunc // ends do, when all have
+	done    chan struct{}      // closed when what follows is there
+	answers []T
+	err     error
+}
+
+// ask returns a run's answer to name; alone says that an error is not another name's. When ctx is done it
+// returns, and leaves the run to the others.
+func (b *batch[T]) ask(ctx context.Context, name string) (answer T, alone bool, err error) {
+	b.mu.Lock()
+	r := b.next
+	if r == nil {
+		r = &batchRun[T]{done: make(chan struct{}), end: func() {}}
+		b.next = r
+		go b.run(context.WithoutCancel(ctx), r)
+	}
+	i := len(r.names)
+	r.names = append(r.names, name)
+	r.waiting++
+	b.mu.Unlock()
+
+	select {
+	case <-r.done:
+		if r.err == nil {
+			answer = r.answers[i]
+		}
+		return answer, len(r.names) == 1, r.err
+	case <-ctx.Done():
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if r.waiting--; r.waiting == 0 {
+		r.end()
+	}
+	return answer, true, ctx.Err()
+}
+
+// run does r, when the run before it has ended and somebody still waits for it.
+func (b *batch[T]) run(ctx context.Context, r *batchRun[T]) {
+	b.busy.Lock()
+	defer b.busy.Unlock()
+	defer close(r.done)
+	ctx, end := context.WithCancel(ctx)
+	defer end()
+
+	b.mu.Lock()
+	b.next, r.end = nil, end
+	isWanted := r.waiting > 0
+	b.mu.Unlock()
+	if isWanted {
+		r.answers, r.err = b.do(ctx, r.names)
+	}
 }
 
 // exitCode is the status in the error of a program's run, -1 where it has none: it did not run, or a signal

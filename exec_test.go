@@ -4,7 +4,12 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os/exec"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -71,4 +76,117 @@ func TestRedact(t *testing.T) {
 			t.Errorf("redact(%q) = %q, want %q", in, got, want)
 		}
 	}
+}
+
+// together has n callers come to a batch while a run is under way, and then lets that end.
+func together[T any](t *testing.T, b *batch[T], n int, caller func(i int)) {
+	t.Helper()
+	b.busy.Lock()
+	var callers sync.WaitGroup
+	for i := range n {
+		callers.Go(func() { caller(i) })
+	}
+	came := func() int {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.next == nil {
+			return 0
+		}
+		return b.next.waiting
+	}
+	for deadline := time.Now().Add(time.Minute); came() < n; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Errorf("%d of %d came", came(), n)
+			break
+		}
+	}
+	b.busy.Unlock()
+	callers.Wait()
+}
+
+// TestBatch: who comes while a run is under way has the next one, together with the others.
+func TestBatch(t *testing.T) {
+	var runs [][]string
+	wrong := errors.New("wrong")
+	b := batch[string]{do: func(_ context.Context, names []string) ([]string, error) {
+		runs = append(runs, names)
+		if slices.Contains(names, "bad") {
+			return nil, wrong
+		}
+		return names, nil
+	}}
+	if got, alone, err := b.ask(t.Context(), "one"); got != "one" || !alone || err != nil {
+		t.Errorf("%q, %v, %v", got, alone, err)
+	}
+	together(t, &b, 100, func(i int) {
+		name := fmt.Sprint(i)
+		if got, alone, err := b.ask(t.Context(), name); got != name || alone || err != nil {
+			t.Errorf("%s: %q, %v, %v", name, got, alone, err)
+		}
+	})
+	together(t, &b, 2, func(i int) {
+		if got, alone, err := b.ask(t.Context(), []string{"good", "bad"}[i]); got != "" || alone || err != wrong {
+			t.Errorf("%q, %v, %v", got, alone, err)
+		}
+	})
+	if _, alone, err := b.ask(t.Context(), "bad"); !alone || err != wrong {
+		t.Errorf("%v, %v", alone, err)
+	}
+	if len(runs) != 4 || len(runs[1]) != 100 {
+		t.Errorf("%q", runs)
+	}
+}
+
+// TestBatchIsNeverOld: however callers come, what they get was found out after they came, by one run at a time.
+func TestBatchIsNeverOld(t *testing.T) {
+	var now, runs, under atomic.Int64
+	b := batch[int64]{do: func(_ context.Context, names []string) ([]int64, error) {
+		if under.Add(1) != 1 {
+			t.Error("two runs at a time")
+		}
+		defer under.Add(-1)
+		runs.Add(1)
+		found := now.Load()
+		time.Sleep(time.Millisecond)
+		return slices.Repeat([]int64{found}, len(names)), nil
+	}}
+	var callers sync.WaitGroup
+	for range 50 {
+		callers.Go(func() {
+			for range 20 {
+				came := now.Add(1)
+				if found, _, err := b.ask(t.Context(), ""); found < came || err != nil {
+					t.Errorf("came at %d, found at %d, %v", came, found, err)
+				}
+			}
+		})
+	}
+	callers.Wait()
+	if n := runs.Load(); n > 500 {
+		t.Errorf("%d runs for 1000 questions", n)
+	}
+}
+
+// TestBatchIsLeft: a caller that leaves takes nobody along; when all have left, what is under way ends.
+func TestBatchIsLeft(t *testing.T) {
+	left, leave := context.WithCancel(t.Context())
+	b := batch[string]{do: func(ctx context.Context, names []string) ([]string, error) {
+		if names[0] == "waits" {
+			leave()
+			<-ctx.Done()
+		}
+		return names, ctx.Err()
+	}}
+	if _, _, err := b.ask(left, "waits"); err != context.Canceled {
+		t.Error(err)
+	}
+	together(t, &b, 3, func(i int) {
+		if _, _, err := b.ask(left, "leaves"); err != context.Canceled {
+			t.Error(err)
+		}
+		name := fmt.Sprint(i)
+		if got, _, err := b.ask(t.Context(), name); got != name || err != nil {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+	})
 }

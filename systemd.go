@@ -24,6 +24,15 @@ import (
 
 const actionLimit = 5 * time.Minute
 
+// Systemd is one for the whole host: what several services want of it at the same time, it is asked once.
+var (
+	looks   = batch[unit]{do: showUnits}
+	reloads = batch[struct{}]{do: func(ctx context.Context, names []string) ([]struct{}, error) {
+		_, err := systemctl(ctx, localLimit, "daemon-reload")
+		return make([]struct{}, len(names)), err
+	}}
+)
+
 // unit is what systemd knows of a unit, in the words of systemctl show: values by their property. One that
 // lookUnits found active has no more than its Id and states.
 type unit struct {
@@ -65,7 +74,7 @@ func lookUnits(ctx context.Context, ids unitNames, names ...string) ([]unit, err
 		u := active[ids[name]]
 		if u.is == nil {
 			u, shown = shown[0], shown[1:]
-			u.triggered = u.down() && slices.ContainsFunc(strings.Fields(u.is["TriggeredBy"]), isActive)
+			u.triggered = slices.ContainsFunc(u.triggers(), isActive)
 			ids[name] = u.is["Id"]
 		}
 		units = append(units, u)
@@ -73,16 +82,37 @@ func lookUnits(ctx context.Context, ids unitNames, names ...string) ([]unit, err
 	return units, nil
 }
 
-// showUnit asks systemd for all that unit holds of one unit.
+// showUnit asks systemd for all that unit holds of one unit, together with what others ask at the same time.
 func showUnit(ctx context.Context, name string) (unit, error) {
-	units, err := show(ctx, name)
-	if err == nil && units[0].down() && units[0].is["TriggeredBy"] != "" {
-		units, err = lookUnits(ctx, unitNames{}, name)
+	u, alone, err := looks.ask(ctx, name)
+	if err == nil || alone {
+		return u, err
 	}
+	units, err := showUnits(ctx, []string{name}) // it may be another unit that can't be shown
 	if err != nil {
 		return unit{}, err
 	}
 	return units[0], nil
+}
+
+// showUnits is showUnit for units in one go. A second one finds out what triggers those that are down.
+func showUnits(ctx context.Context, names []string) ([]unit, error) {
+	units, err := show(ctx, names...)
+	if err != nil {
+		return nil, err
+	}
+	var triggers []string
+	for _, u := range units {
+		triggers = append(triggers, u.triggers()...)
+	}
+	shown, err := show(ctx, triggers...)
+	isActive := func(id string) bool {
+		return slices.ContainsFunc(shown, func(t unit) bool { return t.is["Id"] == id && t.running() })
+	}
+	for i, u := range units {
+		units[i].triggered = slices.ContainsFunc(u.triggers(), isActive)
+	}
+	return units, err
 }
 
 // listActive returns the active units that match one of the patterns, by name.
@@ -165,6 +195,14 @@ func (u *unit) says(property string, values ...string) bool {
 // down says whether the unit neither runs nor is on its way to.
 func (u *unit) down() bool { return u.says("ActiveState", "inactive", "failed") }
 
+// triggers are the units that would start it, where it is down.
+func (u *unit) triggers() []string {
+	if !u.down() {
+		return nil
+	}
+	return strings.Fields(u.is["TriggeredBy"])
+}
+
 // running says whether the unit is there to be told of changed files.
 func (u *unit) running() bool { return u.says("ActiveState", "active", "reloading") }
 
@@ -239,18 +277,9 @@ func signalName(number string) string {
 	return "signal " + number
 }
 
-// reloadLock keeps daemon-reload alone: systemd does it for the whole host.
-var reloadLock = make(chan struct{}, 1)
-
-// daemonReload makes systemd read its unit files again.
+// daemonReload makes systemd read its unit files again, for all who want it at the same time.
 func daemonReload(ctx context.Context) error {
-	select {
-	case reloadLock <- struct{}{}:
-		defer func() { <-reloadLock }()
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	_, err := systemctl(ctx, localLimit, "daemon-reload")
+	_, _, err := reloads.ask(ctx, "")
 	return err
 }
 

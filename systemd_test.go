@@ -19,7 +19,7 @@ import (
 
 // fakeSystemctl is a systemd with units that run from the start. Calls that change something are logged in
 // dir/calls, each call in dir/asked. The file dir/UNIT holds a unit's ActiveState, and other properties in
-// lines below. A file dir/fail-VERB makes a verb fail; a unit whose dir/reads file says "bad" falls over when
+// lines below. A file dir/fail-VERB makes a verb fail, and show if one of the units is called as it says; a unit whose dir/reads file says "bad" falls over when
 // it is started, and its reload fails. daemon-reload makes dir/reloaded-UNIT the file of the unit.
 func fakeSystemctl(dir string, args []string) int {
 	var words []string
@@ -31,6 +31,10 @@ func fakeSystemctl(dir string, args []string) int {
 	defer fakeLog(dir, "asked", words[0])
 	switch words[0] {
 	case "show":
+		if bad, err := os.ReadFile(filepath.Join(dir, "fail-show")); err == nil && slices.Contains(words, string(bad)) {
+			fmt.Fprintf(os.Stderr, "Failed to get properties of %s\n", bad)
+			return 1
+		}
 		for _, name := range words[2:] {
 			fmt.Println(fakeUnit(dir, name))
 		}
@@ -346,6 +350,84 @@ func TestUnitsLook(t *testing.T) {
 	look("list-units", true, true, true, true)
 }
 
+// TestUnitsShareLooks: those who ask at the same time share a systemctl or two, and each gets its own unit, and none
+// another one's error.
+func TestUnitsShareLooks(t *testing.T) {
+	f := newFakeSystemd(t)
+	name := func(i int) string { return fmt.Sprintf("svc%d.service", i) }
+	f.set(name(7), "failed")
+	f.set(name(8), "inactive\nTriggeredBy=eight.socket")
+	f.set(name(9), "inactive\nTriggeredBy=nine.socket nine.timer")
+	f.set("eight.socket", "inactive")
+	f.set("nine.timer", "active")
+	f.set("nine.socket", "failed")
+	look := func(i int) {
+		u, err := showUnit(t.Context(), name(i))
+		isUp := i != 7 && i != 8
+		if err != nil || u.is["Id"] != name(i) || u.up() != isUp || u.triggered != (i == 9) {
+			t.Errorf("%s: %+v, %v", name(i), u, err)
+		}
+	}
+	together(t, &looks, 100, look)
+	if got := f.read("asked"); got != "show, show" {
+		t.Errorf("asked %q", got)
+	}
+	look(9)
+	if got := f.read("asked"); got != "show, show" {
+		t.Errorf("what triggers one: asked %q", got)
+	}
+
+	f.set("fail-show", name(3))
+	together(t, &looks, 5, func(i int) {
+		if i != 3 {
+			look(i)
+		} else if _, err := showUnit(t.Context(), name(3)); !errorSays(err, "properties of svc3.service") {
+			t.Error(err)
+		}
+	})
+	if got := f.read("asked"); got != "show"+strings.Repeat(", show", 5) {
+		t.Errorf("one can't be shown: asked %q", got)
+	}
+	f.set("fail-show", "nine.timer")
+	together(t, &looks, 10, func(i int) {
+		if i != 9 {
+			look(i)
+		} else if _, err := showUnit(t.Context(), name(9)); !errorSays(err, "properties of nine.timer") {
+			t.Error(err)
+		}
+	})
+
+	f.set("fail-show", "")
+	f.set("shutdown.target", "inactive\nJob=1")
+	together(t, &looks, 10, func(i int) {
+		if _, err := showUnit(t.Context(), name(i)); !errors.Is(err, errShutdown) {
+			t.Error(err)
+		}
+	})
+}
+
+// TestUnitsShareReload: one daemon-reload is enough for all who want it before it begins.
+func TestUnitsShareReload(t *testing.T) {
+	f := newFakeSystemd(t)
+	together(t, &reloads, 100, func(int) {
+		if err := daemonReload(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+	if got := f.read("calls"); got != "daemon-reload" {
+		t.Errorf("%q", got)
+	}
+	f.set("fail-daemon-reload", "")
+	together(t, &reloads, 10, func(int) {
+		if err := daemonReload(t.Context()); !errorSays(err, "systemctl daemon-reload: exit status 1") {
+			t.Error(err)
+		}
+	})
+	if got := f.read("calls"); got != "daemon-reload" {
+		t.Errorf("failed: %q", got)
+	}
+}
+
 func TestUnitTemplateIsEnabledAndFailedIsReset(t *testing.T) {
 	f := newFakeSystemd(t)
 	f.set("svc@1.service", "failed")
@@ -452,7 +534,7 @@ func TestUnitSettles(t *testing.T) {
 			f.set(name, tc.first)
 			first := 1 // calls of the first look
 			if strings.Contains(tc.first, "TriggeredBy") {
-				first = 3
+				first = 2
 			}
 			done := make(chan bool)
 			go func() {
