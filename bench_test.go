@@ -233,8 +233,17 @@ func (w *world) whenShown(name, text string) <-chan time.Time {
 	return shown
 }
 
-// BenchmarkPage is the page of a host with a thousand services, all of which have much to say.
+// BenchmarkPage is the page and BenchmarkMetrics the metrics of a host with a thousand services, all of which
+// have much to say.
 func BenchmarkPage(b *testing.B) {
+	benchmarkHTTP(b, func(m monitor) string { return m.page(time.Now()) })
+}
+
+func BenchmarkMetrics(b *testing.B) {
+	benchmarkHTTP(b, func(m monitor) string { return metricsText(m.services(), true, m.started) })
+}
+
+func benchmarkHTTP(b *testing.B, text func(monitor) string) {
 	var services []*Service
 	for i := range 1000 {
 		services = append(services, statusService(Status{Service: fmt.Sprint("service", i), Change: time.Now(),
@@ -243,12 +252,14 @@ func BenchmarkPage(b *testing.B) {
 				"looking at a slow page, until Sun, 22 Nov 2026 23:54:06 UTC"}))
 	}
 	m := testMonitor(services)
+	startCounters(services)
 	_, before, _ := process()
 	for b.Loop() {
-		m.page(time.Now())
+		text(m)
 	}
 	_, after, _ := process()
 	b.ReportMetric((after-before)*1000/float64(b.N), "cpu-ms")
+	b.ReportMetric(float64(len(text(m)))/1024, "KiB")
 }
 
 // BenchmarkParse is what is read of others' text in each round or for each commit: of a thousand each.

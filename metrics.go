@@ -80,14 +80,15 @@ func (c *counters) samples(name string) map[string]float64 {
 	return maps.Clone(c.sums[name])
 }
 
+var escapeLabel = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
+
 // labels builds a label set from names and values.
 func labels(kv ...string) string {
-	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
-	var pairs []string
+	set := ""
 	for pair := range slices.Chunk(kv, 2) {
-		pairs = append(pairs, fmt.Sprintf(`%s="%s"`, pair[0], escape.Replace(pair[1])))
+		set += "," + pair[0] + `="` + escapeLabel.Replace(pair[1]) + `"`
 	}
-	return strings.Join(pairs, ",")
+	return set[1:]
 }
 
 // startCounters makes every counter of a service present from the start.
@@ -124,11 +125,11 @@ func metricsText(services []*Service, configOK bool, started time.Time) string {
 		}
 		fmt.Fprintf(&w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", m.name, m.help, m.kind)
 		for _, set := range slices.Sorted(maps.Keys(m.samples)) {
-			value := strconv.FormatFloat(m.samples[set], 'f', -1, 64)
+			w.WriteString(m.name)
 			if set != "" {
-				set = "{" + set + "}"
+				w.WriteString("{" + set + "}")
 			}
-			fmt.Fprintf(&w, "%s%s %s\n", m.name, set, value)
+			w.WriteString(" " + strconv.FormatFloat(m.samples[set], 'f', -1, 64) + "\n")
 		}
 	}
 	return w.String()
