@@ -286,15 +286,3 @@ func BenchmarkParse(b *testing.B) {
 		})
 	}
 }
-
-// BenchmarkMetrics is the text of a host with a thousand services.
-func BenchmarkMetrics(b *testing.B) {
-	var services []*Service
-	for i := range 1000 {
-		services = append(services, statusService(Status{Service: fmt.Sprint("service", i), Change: time.Now()}))
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		metricsText(services, true, time.Now())
-	}
-}

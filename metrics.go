@@ -3,18 +3,19 @@
 package main
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"html"
 	"io"
+	"log/slog"
 	"maps"
 	"net"
-	"net/url"
+	"net/http"
 	"os"
 	"slices"
 	"strconv"
@@ -234,41 +235,41 @@ type monitor struct {
 	started  time.Time
 }
 
-// serve answers /metrics, /healthz and / on l until ctx is done, one request a connection, in HTTP/1.1 as RFC
-// 9112 has it. Connections are few and short, whoever makes them: they can neither take git's descriptors nor
-// keep others out. What net/http would bring along for this (TLS, HTTP/2, a client) is a quarter of a binary,
-// and of a daemon's memory.
+// serve answers /metrics, /healthz and / on l until ctx is done. Connections are few and short, whoever makes
+// them.
 func (m monitor) serve(ctx context.Context, l net.Listener) {
-	var last [64]net.Conn // a further one takes the place of the oldest
-	closeAll := func() {
-		_ = l.Close()
-		for _, c := range last {
-			if c != nil {
-				_ = c.Close()
-			}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		_, _ = io.WriteString(w, metricsText(m.services(), m.configOK(), m.started))
+	})
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		if stuck := healthy(m.services()); len(stuck) > 0 {
+			http.Error(w, "stuck: "+someOf(stuck), http.StatusServiceUnavailable)
+			return
 		}
-	}
-	defer closeAll()
-	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
+		fmt.Fprintln(w, "ok")
+	})
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		_, _ = io.WriteString(w, m.page(time.Now()))
+	})
 
-	header := httpHeader()
-	for i := 0; ctx.Err() == nil; {
-		c, err := l.Accept()
-		if err != nil { // EMFILE, ECONNABORTED and such: it may be better soon
-			time.Sleep(100 * time.Millisecond)
-			continue
-		}
-		if last[i] != nil {
-			_ = last[i].Close()
-		}
-		last[i], i = c, (i+1)%len(last)
-		go m.answer(c, header)
+	server := &http.Server{
+		Handler:     hardened(mux),
+		ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
+		ConnState: closeOldest(64), ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
+	}
+	server.SetKeepAlivesEnabled(false)
+	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
+	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		slog.Error(fmt.Sprintf("metrics: %v", err))
 	}
 }
 
-// httpHeader has browsers run, load and guess nothing of what they get, keep no copy of it, and show it in
+// hardened has browsers run, load and guess nothing of what they get, keep no copy of it, and show it in
 // nobody else's page.
-func httpHeader() string {
+func hardened(h http.Handler) http.Handler {
 	// The page's own style is let through by its hash. See www.w3.org/TR/CSP3.
 	_, style, _ := strings.Cut(pageText, "<style>")
 	style, _, _ = strings.Cut(style, "</style>")
@@ -276,65 +277,13 @@ func httpHeader() string {
 	policy := "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; " +
 		"style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 
-	return strings.Join([]string{"Connection: close", "Content-Security-Policy: " + policy,
-		"X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer", "Cache-Control: no-store"}, "\r\n")
-}
-
-// answer reads a request, and answers it: a line of method, target and version, and lines that say nothing to
-// us, up to an empty one.
-//
-//	GET /metrics HTTP/1.1
-func (m monitor) answer(c net.Conn, header string) {
-	defer c.Close()
-	_ = c.SetReadDeadline(time.Now().Add(2 * time.Second))
-	_ = c.SetWriteDeadline(time.Now().Add(10 * time.Second))
-	in := bufio.NewScanner(io.LimitReader(c, 8<<10))
-	in.Scan()
-	method, rest, _ := strings.Cut(in.Text(), " ")
-	target, version, _ := strings.Cut(rest, " ")
-	isWhole := false
-	for !isWhole && in.Scan() {
-		isWhole = in.Text() == ""
-	}
-
-	status, kind, body := "400 Bad Request", "text/plain", ""
-	if isWhole && strings.HasPrefix(version, "HTTP/1.") {
-		status, kind, body = m.find(method, target)
-	}
-	if body == "" {
-		body = status + "\n"
-	}
-	date := time.Now().UTC().Format("Mon, 02 Jan 2006 15:04:05 GMT")
-	head := fmt.Sprintf("HTTP/1.1 %s\r\nDate: %s\r\nContent-Type: %s; charset=utf-8\r\nContent-Length: %d\r\n"+
-		"%s\r\n\r\n", status, date, kind, len(body), header)
-	_, _ = io.WriteString(c, head)
-	if method != "HEAD" {
-		_, _ = io.WriteString(c, body)
-	}
-}
-
-// find returns what there is at a target, which may be a path or a whole URL.
-func (m monitor) find(method, target string) (status, kind, body string) {
-	const text = "text/plain"
-	u, err := url.ParseRequestURI(target)
-	switch {
-	case err != nil:
-		return "400 Bad Request", text, ""
-	case method != "GET" && method != "HEAD":
-		return "405 Method Not Allowed\r\nAllow: GET, HEAD", text, ""
-	}
-	switch u.Path {
-	case "/metrics":
-		return "200 OK", text + "; version=0.0.4", metricsText(m.services(), m.configOK(), m.started)
-	case "/healthz":
-		if stuck := healthy(m.services()); len(stuck) > 0 {
-			return "503 Service Unavailable", text, "stuck: " + someOf(stuck) + "\n"
-		}
-		return "200 OK", text, "ok\n"
-	case "/":
-		return "200 OK", "text/html", m.page(time.Now())
-	}
-	return "404 Not Found", text, ""
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Security-Policy", policy)
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		w.Header().Set("Referrer-Policy", "no-referrer")
+		w.Header().Set("Cache-Control", "no-store")
+		h.ServeHTTP(w, r)
+	})
 }
 
 // alertRules are for Prometheus, dashboard is for Grafana.
@@ -449,4 +398,26 @@ func age(now, t time.Time) string {
 		return fmt.Sprintf("%d h ago", hours)
 	}
 	return fmt.Sprintf("%d days ago", hours/24)
+}
+
+// closeOldest keeps a server at limit connections, so that they can't take git's descriptors: a further one
+// takes the place of the oldest, so that they can't keep others out.
+func closeOldest(limit int) func(net.Conn, http.ConnState) {
+	var mu sync.Mutex
+	var open []net.Conn // the oldest first
+	return func(c net.Conn, state http.ConnState) {
+		mu.Lock()
+		defer mu.Unlock()
+
+		switch state {
+		case http.StateNew:
+			open = append(open, c)
+			if len(open) > limit {
+				_ = open[0].Close()
+				open = open[1:]
+			}
+		case http.StateClosed:
+			open = slices.DeleteFunc(open, func(o net.Conn) bool { return o == c })
+		}
+	}
 }
