@@ -21,6 +21,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode"
@@ -170,6 +171,31 @@ func (b *batch[T]) run(ctx context.Context, r *batchRun[T]) {
 	if isWanted {
 		r.answers, r.err = b.do(ctx, r.names)
 	}
+}
+
+// crowd keeps those who do the same at the same time to as many as room has place for, as long as they get on.
+type crowd struct {
+	room chan struct{}
+	left atomic.Int64 // how many have left
+}
+
+// enter waits for a place, and returns what gives it back. Where ctx is done, or nobody has left for a second, it
+// does not wait: what hangs must not hold up others.
+func (c *crowd) enter(ctx context.Context) (leave func()) {
+	for before := int64(-1); before != c.left.Load(); {
+		before = c.left.Load()
+		select {
+		case c.room <- struct{}{}:
+			return func() {
+				c.left.Add(1)
+				<-c.room
+			}
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return func() {}
+		}
+	}
+	return func() {}
 }
 
 // exitCode is the status in the error of a program's run, -1 where it has none: it did not run, or a signal

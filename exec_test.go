@@ -190,3 +190,39 @@ func TestBatchIsLeft(t *testing.T) {
 		}
 	})
 }
+
+// TestCrowd: no more than there is room for at a time while they get on, and nobody waits for those who hang.
+func TestCrowd(t *testing.T) {
+	c := crowd{room: make(chan struct{}, 2)}
+	var in, most atomic.Int64
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			defer c.enter(t.Context())()
+			for now := in.Add(1); now > most.Load(); {
+				most.Store(now)
+			}
+			time.Sleep(10 * time.Millisecond)
+			in.Add(-1)
+		})
+	}
+	all.Wait()
+	if most.Load() != 2 || len(c.room) != 0 {
+		t.Errorf("%d at a time, %d left behind", most.Load(), len(c.room))
+	}
+
+	c.enter(t.Context())
+	c.enter(t.Context()) // neither leaves
+	start := time.Now()
+	c.enter(t.Context())()
+	if took := time.Since(start); took < time.Second || took > 10*time.Second {
+		t.Errorf("behind two that hang: %v", took)
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	start = time.Now()
+	c.enter(ended)()
+	if took := time.Since(start); took > 500*time.Millisecond {
+		t.Errorf("after the end: %v", took)
+	}
+}

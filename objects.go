@@ -19,17 +19,18 @@ import (
 // asks upstream, sees what a later fetch brings, and is for one goroutine.
 type objects struct {
 	*reader
-	asked []string      // ids that git was given at its start, and did not answer yet
-	left  int64         // bytes of blobs that may still be copied
-	err   error         // after which nothing more is read
-	keep  func() bool   // ends the loan: false where its context has ended git
-	room  chan struct{} // that the loan takes some of; nil: it did not wait for it
+	asked []string    // ids that git was given at its start, and did not answer yet
+	left  int64       // bytes of blobs that may still be copied
+	err   error       // after which nothing more is read
+	keep  func() bool // ends the loan: false where its context has ended git
+	leave func()      // lets another one read
 }
 
 // reader is a git cat-file --batch, lent to one after another.
 type reader struct {
 	c       *clone
 	started time.Time
+	spareAt time.Time // when it was given back last
 	in, out *os.File
 	answers *bufio.Reader
 	end     context.CancelFunc
@@ -56,27 +57,19 @@ func (u *upstream) open(ctx context.Context, ids ...string) (*objects, error) {
 	return c.open(ctx, ids...)
 }
 
-// open waits a moment where many read already: services whose files change at the same time are served one
-// after another by a few gits, and none is held up by one that hangs.
+// open has services whose files change at the same time served one after another by a few gits.
 func (c *clone) open(ctx context.Context, ids ...string) (*objects, error) {
-	o := &objects{asked: ids, left: maxShown}
-	select {
-	case c.busy <- struct{}{}:
-		o.room = c.busy
-	case <-time.After(time.Second):
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-
-	var err error
-	if len(ids) == 0 {
+	o := &objects{asked: ids, left: maxShown, leave: c.readers.enter(ctx)}
+	err := ctx.Err()
+	isAhead := len(ids) > 0
+	if err == nil && !isAhead {
 		o.reader = c.spareReader()
 	}
-	if o.reader == nil {
+	if err == nil && o.reader == nil {
 		o.reader, err = c.start(context.WithoutCancel(ctx), ids)
 	}
 	if err != nil {
-		o.giveRoom()
+		o.leave()
 		return nil, err
 	}
 	o.keep = context.AfterFunc(ctx, o.end)
@@ -144,27 +137,33 @@ func (o *objects) close() {
 	} else {
 		o.end()
 	}
-	o.giveRoom()
+	o.leave()
 }
 
 // giveBack keeps a reader for a while.
 func (c *clone) giveBack(r *reader) {
+	r.spareAt = time.Now()
 	select {
 	case c.spare <- r:
-		time.AfterFunc(spareTime, func() { // it, or another
-			if r := c.spareReader(); r != nil {
-				r.end()
-			}
-		})
+		time.AfterFunc(spareTime, c.endSpare)
 	default:
 		r.end()
 	}
 }
 
-// giveRoom lets another one read.
-func (o *objects) giveRoom() {
-	if o.room != nil {
-		<-o.room
+// endSpare ends a reader that nobody has asked for in a while.
+func (c *clone) endSpare() {
+	r := c.spareReader()
+	switch {
+	case r == nil:
+	case time.Since(r.spareAt) < spareTime:
+		select {
+		case c.spare <- r:
+		default:
+			r.end()
+		}
+	default:
+		r.end()
 	}
 }
 

@@ -363,19 +363,11 @@ func verbFor(u *unit, action string) (string, error) {
 }
 
 // acting is for actions at the same time: each systemctl that waits for its job is told of all others' jobs.
-var acting = make(chan struct{}, 4)
+var acting = crowd{room: make(chan struct{}, 8)}
 
 // act gives systemd a verb for a unit and counts it. Where it fails, the unit's last words are in the error.
-// It waits a second at most for others' actions, for one may take minutes.
 func act(ctx context.Context, name, id, verb string) error {
-	select {
-	case acting <- struct{}{}:
-		defer func() { <-acting }()
-	case <-time.After(time.Second):
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-
+	defer acting.enter(ctx)()
 	start := time.Now()
 	_, err := systemctl(ctx, actionLimit, verb, "--", name)
 	result := "ok"
