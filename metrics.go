@@ -13,7 +13,6 @@ import (
 	"html"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -30,8 +29,14 @@ import (
 // counters are sums by metric name and label set, and the last events. They may be used from everywhere.
 type counters struct {
 	mu     sync.Mutex
-	sums   map[string]map[string]float64
-	events []event // the newest last, maxEvents at most
+	sums   map[string][]sample // in the order of their labels
+	events []event             // the newest last, maxEvents at most
+}
+
+// sample is the value of a metric for one label set, "" for none.
+type sample struct {
+	labels string
+	value  float64
 }
 
 // event is a change on this host, as everybody may know it.
@@ -40,7 +45,7 @@ type event struct{ At, Service, Text string }
 const maxEvents = 20
 
 // count holds all counters of the process.
-var count = &counters{sums: map[string]map[string]float64{}}
+var count = &counters{sums: map[string][]sample{}}
 
 func (c *counters) add(name, labels string) { c.addFloat(name, labels, 1) }
 
@@ -49,10 +54,14 @@ func (c *counters) addFloat(name, labels string, v float64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 
-	if c.sums[name] == nil {
-		c.sums[name] = map[string]float64{}
+	all := c.sums[name]
+	byLabels := func(s sample, labels string) int { return cmp.Compare(s.labels, labels) }
+	i, isThere := slices.BinarySearchFunc(all, labels, byLabels)
+	if !isThere {
+		all = slices.Insert(all, i, sample{labels: labels})
+		c.sums[name] = all
 	}
-	c.sums[name][labels] += v
+	all[i].value += v
 }
 
 // note remembers an event for the page, without its private words.
@@ -74,22 +83,23 @@ func (c *counters) lastEvents() []event {
 	return last
 }
 
-// samples returns what a counter stands at, by label set.
-func (c *counters) samples(name string) map[string]float64 {
+// samples returns what a counter stands at.
+func (c *counters) samples(name string) []sample {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return maps.Clone(c.sums[name])
+	return slices.Clone(c.sums[name])
 }
 
 var escapeLabel = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
 // labels builds a label set from names and values.
 func labels(kv ...string) string {
-	set := ""
+	var set []byte
 	for pair := range slices.Chunk(kv, 2) {
-		set += "," + pair[0] + `="` + escapeLabel.Replace(pair[1]) + `"`
+		set = append(append(append(set, ','), pair[0]...), `="`...)
+		set = append(append(set, escapeLabel.Replace(pair[1])...), '"')
 	}
-	return set[1:]
+	return string(set[1:])
 }
 
 // startCounters makes every counter of a service present from the start.
@@ -110,44 +120,51 @@ func startCounters(services []*Service) {
 	}
 }
 
-// metric is one family of the exposition: its name, type and help, and for gauges the samples by label set.
+// metric is one family of the exposition: its name, type and help, and for gauges the samples.
 type metric struct {
 	name, kind, help string
-	samples          map[string]float64
+	samples          []sample
 }
 
 // metricsText is the Prometheus text format, version 0.0.4.
 // See prometheus.io/docs/instrumenting/exposition_formats.
 func metricsText(services []*Service, configOK bool, started time.Time) string {
-	var w strings.Builder
+	text := make([]byte, 0, 2048*(1+len(services)))
 	for _, m := range slices.Concat(serviceMetrics(services), processMetrics(configOK, started)) {
 		if m.kind == "counter" && m.samples == nil {
 			m.samples = count.samples(m.name)
 		}
-		fmt.Fprintf(&w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", m.name, m.help, m.kind)
-		for _, set := range slices.Sorted(maps.Keys(m.samples)) {
-			w.WriteString(m.name)
-			if set != "" {
-				w.WriteString("{" + set + "}")
+		text = fmt.Appendf(text, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", m.name, m.help, m.kind)
+		for _, s := range m.samples {
+			text = append(text, m.name...)
+			if s.labels != "" {
+				text = append(append(append(text, '{'), s.labels...), '}')
 			}
-			w.WriteString(" " + strconv.FormatFloat(m.samples[set], 'f', -1, 64) + "\n")
+			text = strconv.AppendFloat(append(text, ' '), s.value, 'f', -1, 64)
+			text = append(text, '\n')
 		}
 	}
-	return w.String()
+	return string(text)
 }
 
 func serviceMetrics(services []*Service) []metric {
-	state, change, info := map[string]float64{}, map[string]float64{}, map[string]float64{}
-	sync, since, last := map[string]float64{}, map[string]float64{}, map[string]float64{}
-	committed := map[string]float64{}
-	for _, s := range services {
+	byName := func(a, b *Service) int { return cmp.Compare(a.service, b.service) }
+	var state, change, info, committed, sync, since, last []sample
+	shown := map[string]string{} // upstreams without passwords
+	for _, s := range slices.SortedFunc(slices.Values(services), byName) {
 		st, l := s.Status(), labels("service", s.service)
-		state[l], change[l] = float64(st.state), seconds(st.Change)
-		sync[l], since[l], last[l] = truth(st.InSync), seconds(st.OutOfSync), seconds(st.LastLook)
-		committed[l] = seconds(st.Committed)
+		state = append(state, sample{l, float64(st.state)})
+		change = append(change, sample{l, seconds(st.Change)})
+		committed = append(committed, sample{l, seconds(st.Committed)})
+		sync = append(sync, sample{l, truth(st.InSync)})
+		since = append(since, sample{l, seconds(st.OutOfSync)})
+		last = append(last, sample{l, seconds(st.LastLook)})
 
-		hash, upstream := fmt.Sprintf("%.8s", st.Commit), redact(st.Upstream)
-		info[labels("service", s.service, "hash", hash, "branch", st.Branch, "upstream", upstream)] = 1
+		if shown[st.Upstream] == "" {
+			shown[st.Upstream] = labels("upstream", redact(st.Upstream))
+		}
+		what := labels("service", s.service, "hash", st.Commit[:min(8, len(st.Commit))], "branch", st.Branch)
+		info = append(info, sample{what + "," + shown[st.Upstream], 1})
 	}
 
 	return []metric{
@@ -172,13 +189,13 @@ func processMetrics(configOK bool, started time.Time) []metric {
 	rss, cpu, fds := process()
 	version, goVersion := ctl.Version()
 	build := labels("version", version, "goversion", goVersion)
-	one := func(v float64) map[string]float64 { return map[string]float64{"": v} }
+	one := func(v float64) []sample { return []sample{{"", v}} }
 
 	return []metric{
 		{"gitopper_machine_git_errors_total", "counter", "Runs of git that failed.", nil},
 		{"gitopper_machine_git_ops_total", "counter", "Runs of git.", nil},
 		{"gitopper_config_ok", "gauge", "0 while a newer config or key file is wrong.", one(truth(configOK))},
-		{"gitopper_build_info", "gauge", "Version of gitopper and of Go.", map[string]float64{build: 1}},
+		{"gitopper_build_info", "gauge", "Version of gitopper and of Go.", []sample{{build, 1}}},
 		{"process_start_time_seconds", "gauge", "Start of the process, Unix time.", one(seconds(started))},
 		{"process_resident_memory_bytes", "gauge", "Resident memory.", one(rss)},
 		{"process_cpu_seconds_total", "counter", "User and system CPU time.", one(cpu)},
@@ -194,7 +211,12 @@ func seconds(t time.Time) float64 {
 	return float64(t.UnixMilli()) / 1000
 }
 
-func truth(b bool) float64 { return map[bool]float64{true: 1}[b] }
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
 
 // process reads what proc_pid_statm(5), getrusage(2) and /proc/self/fd say of us.
 func process() (rss, cpu, fds float64) {

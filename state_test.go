@@ -19,14 +19,14 @@ import (
 func TestStateEditIsUndone(t *testing.T) {
 	w := okWorld(t)
 	label := labels("service", "svc.service")
-	before := count.samples("gitopper_service_drift_total")[label]
+	before := counted("gitopper_service_drift_total", label)
 	for i, edit := range []string{"edited\n", "again\n"} {
 		w.write("local/etc/app.conf", edit)
 		w.write("local/etc/mine", "untracked\n")
 		w.reconcile()
 		w.want("OK", "", "one\n", "reload")
 		w.shows("local/etc/mine", "untracked\n")
-		if n := count.samples("gitopper_service_drift_total")[label] - before; n != float64(i+1) {
+		if n := counted("gitopper_service_drift_total", label) - before; n != float64(i+1) {
 			t.Errorf("%v edits counted, want %d", n, i+1)
 		}
 	}
