@@ -677,14 +677,15 @@ dirs = [ { local = "/srv/app", link = "app" } ]
 
 	good := hash
 	for _, tt := range []struct {
-		name string
-		do   func() (hash string)
+		name  string
+		again int // how often the commit before may be judged once more, as the list is another
+		do    func() (hash string)
 	}{
 		{name: "unsigned", do: func() string { h, _ := push(nil); return h }},
 		{name: "signed by a stranger", do: func() string { h, _ := push(sign["stranger"]); return h }},
 		{name: "signed with an expired key", do: func() string { h, _ := push(sign["expired"]); return h }},
 		{name: "signed with PGP", do: func() string { h, _ := push(sign["pgp"]); return h }},
-		{name: "signed by a signer taken off the list", do: func() string {
+		{name: "signed by a signer taken off the list", again: 1, do: func() string {
 			l.write("/etc/gitopper/signers", slices.Collect(strings.Lines(signers))[0])
 			h, _ := push(sign["bob"])
 			return h
@@ -706,8 +707,8 @@ dirs = [ { local = "/srv/app", link = "app" } ]
 		if s, err := l.status("app"); err != nil || s.Hash != good[:8] {
 			t.Errorf("%s: %+v, %v, want %s", tt.name, s, err, good)
 		}
-		if got := l.refused("app", "signers"); got != before+1 {
-			t.Errorf("%s: refused %d times, want 1", tt.name, got-before)
+		if n := l.refused("app", "signers") - before; n < 1 || n > 1+tt.again {
+			t.Errorf("%s: refused %d times, want 1", tt.name, n)
 		}
 	}
 
