@@ -173,14 +173,15 @@ func (b *batch[T]) run(ctx context.Context, r *batchRun[T]) {
 	}
 }
 
-// crowd keeps those who do the same at the same time to as many as room has place for, as long as they get on.
+// crowd keeps those who do the same at the same time to as many as room has place for, as long as they
+// get on.
 type crowd struct {
 	room chan struct{}
 	left atomic.Int64 // how many have left
 }
 
-// enter waits for a place, and returns what gives it back. Where ctx is done, or nobody has left for a second, it
-// does not wait: what hangs must not hold up others.
+// enter waits for a place, and returns what gives it back. Where ctx is done, or nobody has left for a
+// second, it does not wait: what hangs must not hold up others.
 func (c *crowd) enter(ctx context.Context) (leave func()) {
 	for before := int64(-1); before != c.left.Load(); {
 		before = c.left.Load()

@@ -108,7 +108,8 @@ func runGit(ctx context.Context, verb string, cmd *exec.Cmd, limit time.Duration
 	return out, err
 }
 
-// gitVersion returns the version of the git program, 2030 for 2.30; an error if there is none, or an older one.
+// gitVersion returns the version of the git program, 2030 for 2.30; an error if there is none, or an older
+// one.
 func gitVersion(ctx context.Context) (int, error) {
 	cmd := gitCommand(account{uid: os.Getuid()}, "", nil, "--version")
 	out, err := runGit(ctx, "--version", cmd, localLimit)

@@ -31,11 +31,13 @@ func (u *upstream) index(ctx context.Context, commit string, dirs []dir, shown t
 		return nil, err
 	}
 	defer o.close()
+
 	w := &walker{o: o, commit: commit}
 	c, err := o.commit(commit)
 	if err != nil {
 		return nil, err
 	}
+
 	isOld := u.git.Load() < 2032 // and does not know directories in an index
 	beside := tree{}
 	if err := w.beside(entry{"40000", "", c.top}, dirs, isOld, beside); err != nil {
@@ -51,10 +53,12 @@ func (w *walker) beside(in entry, dirs []dir, whole bool, beside tree) error {
 	if err != nil {
 		return err
 	}
+
 	for _, e := range list {
 		if !isFileName(e.name) {
 			return fmt.Errorf("commit %.8s: %q is not a path that may be checked out", w.commit, e.name)
 		}
+
 		e.name = path.Join(in.name, e.name)
 		isShown := func(d dir) bool { return within(e.name, d.link) }
 		leadsOn := func(d dir) bool { return within(d.link, e.name) }
@@ -68,6 +72,7 @@ func (w *walker) beside(in entry, dirs []dir, whole bool, beside tree) error {
 		default:
 			beside[e.name] = blob{e.mode, e.id}
 		}
+
 		isBomb := len(beside) > 4*treeEntries || strings.Count(e.name, "/") > treeDepth
 		if isBomb {
 			return fmt.Errorf("commit %.8s: too many files beside the links, or too deep", w.commit)
@@ -91,6 +96,7 @@ func isFileName(name string) bool {
 func indexText(shown, beside tree) ([]byte, error) {
 	all := maps.Clone(beside)
 	maps.Copy(all, shown)
+
 	const extended, skipWorktree = 0x4000, 0x4000
 	b := bytes.NewBufferString("DIRC")
 	number := func(v any) { _ = binary.Write(b, binary.BigEndian, v) }
@@ -103,6 +109,7 @@ func indexText(shown, beside tree) ([]byte, error) {
 		if err := errors.Join(err1, err2); err != nil {
 			return nil, err
 		}
+
 		_, isShown := shown[p]
 		skip := uint16(skipWorktree)
 		if isShown && e.mode != "160000" {
@@ -115,6 +122,7 @@ func indexText(shown, beside tree) ([]byte, error) {
 		b.Write(make([]byte, 8-(b.Len()-start)%8))
 		digits, hasDirectories = len(e.id), hasDirectories || e.mode == "40000"
 	}
+
 	if hasDirectories {
 		b.WriteString("sdir\x00\x00\x00\x00")
 	}

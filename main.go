@@ -155,7 +155,7 @@ func daemon(ctx context.Context, o options, stdout io.Writer) error {
 	}
 	defer unlock()
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50) // a fifth less memory with a thousand services, for collections of milliseconds
+		debug.SetGCPercent(50) // a fifth less memory with a thousand services
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(48 << 20) // a goal for the garbage collector, whatever strangers send us

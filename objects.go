@@ -100,12 +100,14 @@ func (c *clone) start(ctx context.Context, ids []string) (*reader, error) {
 	if err := errors.Join(err1, err2); err != nil {
 		return nil, err // a pipe that nobody refers to closes itself
 	}
+
 	cmd := c.git("cat-file", "--batch")
 	cmd.Stdin, cmd.Stdout = inRead, outWrite
 	if len(ids) > 0 {
 		cmd.Args = append(cmd.Args, "--buffer")
 		cmd.Stdin = strings.NewReader(strings.Join(ids, "\n") + "\n")
 	}
+
 	ctx, cancel := context.WithCancel(ctx)
 	r := &reader{
 		c: c, started: time.Now(), in: in, out: out, answers: bufio.NewReaderSize(out, 64<<10), end: cancel,
@@ -131,6 +133,7 @@ func (o *objects) close() {
 	}
 	isInStep := o.keep() && o.err == nil
 	mayAsk := o.asked == nil && time.Since(o.started) < spareAge
+
 	o.err = errors.Join(o.err, os.ErrClosed)
 	if isInStep && mayAsk {
 		o.c.giveBack(o.reader)
