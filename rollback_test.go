@@ -110,6 +110,9 @@ func TestRollbackNames(t *testing.T) {
 	w.upstreamGoes()
 	says("0000000", "Not Found: run here; newer ones are not known: git ls-remote")
 	w.run("rm", "-rf", w.up.objectsDir())
+	for r := w.up.clone.spareReader(); r != nil; r = w.up.clone.spareReader() {
+		r.end() // it has the files open, and would answer for a moment more
+	}
 	says("0000000", "Internal Server Error: not a git repository")
 	w.want("OK", "", "one\n", "")
 }
