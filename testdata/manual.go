@@ -95,8 +95,9 @@ type manual struct{ *bufio.Writer }
 func (m *manual) line(format string, args ...any) { fmt.Fprintf(m, format+"\n", args...) }
 
 var (
-	option  = regexp.MustCompile(`^  ?( *-\S.*?)(?:   *(\S.*))?$`) // "  -h, --hosts LIST      names"
-	command = regexp.MustCompile(`^  (\S.*)$`)                     // "  list machines @HOST...", its text below
+	option = regexp.MustCompile(`^  ?( *-\S.*?)(?:   *(\S.*))?$`) // "  -h, --hosts LIST      names"
+	// "  list machines @HOST...", its text below
+	command = regexp.MustCompile(`^  (\S.*)$`)
 )
 
 // help shows what --help prints: options and commands with what they mean, and sentences.
