@@ -33,8 +33,7 @@ type clone struct {
 
 	filter string // of fetches after the first, see fetchTips
 
-	readers crowd
-	spare   chan *reader // that were given back
+	spare chan *reader // that were given back
 }
 
 // What upstream is asked to leave out, see git-rev-list(1): blobs, or large ones.
@@ -61,7 +60,7 @@ func tipRef(branch string) string { return "refs/tips/" + digest(branch) }
 func openClone(u *upstream, dir string) *clone {
 	c := &clone{
 		u: u, dir: dir, tips: map[string]string{}, walks: map[walkKey]walked{}, filter: smallBlobs,
-		readers: crowd{room: make(chan struct{}, 4)}, spare: make(chan *reader, 4),
+		spare: make(chan *reader, 4),
 	}
 	refs, _ := os.ReadFile(dir + "/packed-refs")
 	for line := range strings.Lines(string(refs)) { // 606eb576... refs/tips/54f1cf40...

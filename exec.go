@@ -180,11 +180,16 @@ type crowd struct {
 	left atomic.Int64 // how many have left
 }
 
-// enter waits for a place, and returns what gives it back. Where ctx is done, or nobody has left for a
-// second, it does not wait: what hangs must not hold up others.
+// enter waits for a place, and returns what gives it back. Where ctx is done, nobody has left for a second, or
+// after a minute, it does not wait: what hangs must not hold up others, nor may many who are slow.
 func (c *crowd) enter(ctx context.Context) (leave func()) {
-	for before := int64(-1); before != c.left.Load(); {
-		before = c.left.Load()
+	before := int64(-1)
+	for range 60 {
+		now := c.left.Load()
+		if now == before {
+			break
+		}
+		before = now
 		select {
 		case c.room <- struct{}{}:
 			return func() {

@@ -683,7 +683,7 @@ func TestFilesDress(t *testing.T) {
 	want := b.tree("a/f", "a/f", "sp ace [x]", "sp ace [x]")
 	b.must("one", want)
 	beside := tree{"elsewhere/": {"40000", git("-C", up, "rev-parse", "HEAD:elsewhere")}}
-	index, err := indexText(want, beside)
+	index, err := indexText(want, beside, len(commit))
 	if err != nil {
 		t.Fatal(err)
 	}

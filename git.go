@@ -161,6 +161,7 @@ type upstream struct {
 	acct           atomic.Pointer[account] // once found, it stays
 	git            atomic.Int32            // version of the git program, once asked for
 	tried          map[string]tried        // by the name of the work
+	reads          crowd                   // of services whose files change at the same time
 
 	mu    sync.Mutex // for all below
 	looks map[string]look
@@ -172,7 +173,7 @@ func newUpstream(stateDir, url, user string) *upstream {
 	u := &upstream{
 		url: url, user: user, dir: filepath.Join(stateDir, "upstreams", digest(url, user)),
 		patience: 30 * time.Second, network: make(chan struct{}, 1), poke: make(chan struct{}, 1),
-		tried: map[string]tried{}, looks: map[string]look{},
+		tried: map[string]tried{}, looks: map[string]look{}, reads: crowd{room: make(chan struct{}, 4)},
 	}
 	u.clone = openClone(u, u.dir)
 	return u

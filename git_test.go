@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -1059,5 +1060,59 @@ func TestGitEnvironment(t *testing.T) {
 	}
 	if _, err := gitVersion(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// Readers that were lent do not stay, whatever the order in which they come back, and one whose caller ended is not lent again.
+func TestGitSpareReaders(t *testing.T) {
+	w := newGitWorld(t)
+	w.look()
+	tip := w.u.looked("main").tip
+	w.upstream("file://"+w.work, "") // whose clone has lent nothing yet
+	c := w.u.clone
+	lend := func(ctx context.Context) *objects {
+		o, err := w.u.open(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return o
+	}
+	ctx, end := context.WithCancel(t.Context())
+	cut := lend(ctx)
+	end()
+	for i := 0; cut.err == nil && i < 1000; i++ { // its pipes are closed under its hands
+		_, _ = cut.whole(tip, "commit")
+		time.Sleep(time.Millisecond)
+	}
+	cut.close()
+	cut.close()
+
+	none := func() {
+		for deadline := time.Now().Add(5 * spareTime); len(c.spare) > 0; time.Sleep(50 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%d readers stay", len(c.spare))
+			}
+		}
+	}
+	none()
+	one, two := lend(t.Context()), lend(t.Context())
+	one.close()
+	time.Sleep(spareTime / 4)
+	two.close()
+	if again := lend(t.Context()); again.reader != one.reader {
+		t.Error("another git was started where one was spare")
+	} else {
+		time.Sleep(spareTime / 4)
+		again.close()
+	}
+
+	none()
+	if len(one.ended)+len(two.ended)+len(cut.ended) < 3 {
+		time.Sleep(time.Second)
+	}
+	for i, r := range []*reader{one.reader, two.reader, cut.reader} {
+		if len(r.ended) == 0 {
+			t.Errorf("git %d did not end", i)
+		}
 	}
 }

@@ -43,7 +43,7 @@ func (u *upstream) index(ctx context.Context, commit string, dirs []dir, shown t
 	if err := w.beside(entry{"40000", "", c.top}, dirs, isOld, beside); err != nil {
 		return nil, err
 	}
-	return indexText(shown, beside)
+	return indexText(shown, beside, len(commit))
 }
 
 // beside adds what lies in a directory and is not shown at the links of dirs: directories that no link is in
@@ -59,10 +59,16 @@ func (w *walker) beside(in entry, dirs []dir, whole bool, beside tree) error {
 			return fmt.Errorf("commit %.8s: %q is not a path that may be checked out", w.commit, e.name)
 		}
 
-		e.name = path.Join(in.name, e.name)
+		e.name, e.mode = path.Join(in.name, e.name), strings.TrimLeft(e.mode, "0") // as very old trees have it
 		isShown := func(d dir) bool { return within(e.name, d.link) }
 		leadsOn := func(d dir) bool { return within(d.link, e.name) }
 		isDirectory := e.mode == "40000"
+		w.entries++
+		isBomb := w.entries > 4*treeEntries || strings.Count(e.name, "/") > treeDepth
+		if isBomb { // looked for before it is entered
+			return fmt.Errorf("commit %.8s: too many files beside the links, or too deep", w.commit)
+		}
+
 		switch {
 		case slices.ContainsFunc(dirs, isShown):
 		case isDirectory && (whole || slices.ContainsFunc(dirs, leadsOn)):
@@ -71,11 +77,6 @@ func (w *walker) beside(in entry, dirs []dir, whole bool, beside tree) error {
 			beside[e.name+"/"] = blob{e.mode, e.id}
 		default:
 			beside[e.name] = blob{e.mode, e.id}
-		}
-
-		isBomb := len(beside) > 4*treeEntries || strings.Count(e.name, "/") > treeDepth
-		if isBomb {
-			return fmt.Errorf("commit %.8s: too many files beside the links, or too deep", w.commit)
 		}
 		if err != nil {
 			return err
@@ -93,7 +94,7 @@ func isFileName(name string) bool {
 // indexText writes an index as in gitformat-index(5), of version 3: entries without what lstat(2) says, so
 // that git looks at the files itself, and whole directories as in a sparse index. Submodules are not checked
 // out, for git would run itself in them.
-func indexText(shown, beside tree) ([]byte, error) {
+func indexText(shown, beside tree, digits int) ([]byte, error) {
 	all := maps.Clone(beside)
 	maps.Copy(all, shown)
 
@@ -101,7 +102,7 @@ func indexText(shown, beside tree) ([]byte, error) {
 	b := bytes.NewBufferString("DIRC")
 	number := func(v any) { _ = binary.Write(b, binary.BigEndian, v) }
 	number([]uint32{3, uint32(len(all))})
-	digits, hasDirectories := 0, false
+	hasDirectories := false
 	for _, p := range slices.Sorted(maps.Keys(all)) {
 		e, start := all[p], b.Len()
 		mode, err1 := strconv.ParseUint(e.mode, 8, 32)
@@ -120,7 +121,7 @@ func indexText(shown, beside tree) ([]byte, error) {
 		number([]uint16{extended | uint16(min(len(p), 0xfff)), skip})
 		b.WriteString(p)
 		b.Write(make([]byte, 8-(b.Len()-start)%8))
-		digits, hasDirectories = len(e.id), hasDirectories || e.mode == "40000"
+		hasDirectories = hasDirectories || e.mode == "40000"
 	}
 
 	if hasDirectories {
@@ -131,13 +132,14 @@ func indexText(shown, beside tree) ([]byte, error) {
 	return h.Sum(b.Bytes()), nil
 }
 
-// indexMode is the mode that an index has for one of a tree, where old ones have 100664.
+// indexMode is the mode that git's index has for one of a tree, which may be any number.
 func indexMode(mode uint64) uint64 {
-	switch {
-	case mode&0o170000 != 0o100000:
-		return mode
-	case mode&0o100 != 0:
-		return 0o100755
+	const kinds, regular, link, directory, module = 0o170000, 0o100000, 0o120000, 0o040000, 0o160000
+	switch kind := mode & kinds; kind {
+	case regular:
+		return regular | 0o644 | mode&0o100 | mode&0o100>>3 | mode&0o100>>6
+	case link, directory:
+		return kind
 	}
-	return 0o100644
+	return module
 }

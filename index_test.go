@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -57,6 +58,53 @@ func TestIndex(t *testing.T) {
 				t.Errorf("%s, git %d: checked out: %s", format, version, got)
 			}
 			os.Unsetenv("GIT_INDEX_FILE")
+		}
+	}
+}
+
+// TestIndexBombs: what is beside the links may be anything; it costs little, and a link's own files are shown all the same.
+func TestIndexBombs(t *testing.T) {
+	w := newGitWorld(t)
+	tree := func(lines ...string) string { return w.pipe(strings.Join(lines, "\n")+"\n", "mktree") }
+	empty := w.pipe("", "mktree")
+	wide := empty
+	for range 10 { // 10^10 directories, and no file
+		var lines []string
+		for i := range 10 {
+			lines = append(lines, fmt.Sprintf("040000 tree %s\t%d", wide, i))
+		}
+		wide = tree(lines...)
+	}
+	deep := empty
+	for range 200 {
+		deep = tree("040000 tree " + deep + "\td")
+	}
+	etc := w.git("rev-parse", "HEAD:etc")
+	for name, bomb := range map[string]string{"wide": wide, "deep": deep} {
+		top := tree("040000 tree "+bomb+"\tbomb", "040000 tree "+etc+"\tetc")
+		w.git("update-ref", "refs/heads/main", w.git("commit-tree", "-m", name, top))
+		w.look()
+		commit := w.u.looked("main").tip
+		shown, err := w.u.tree(t.Context(), commit, w.etc)
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		for version, want := range map[int32]string{2030: "too many files beside the links, or too deep", 2039: ""} {
+			w.u.git.Store(version)
+			_, err := w.u.index(t.Context(), commit, w.etc, shown)
+			if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+				t.Errorf("%s, git %d: %v", name, version, err)
+			}
+		}
+	}
+}
+
+// TestIndexModes: an index has the modes that git's would have.
+func TestIndexModes(t *testing.T) {
+	for mode, want := range map[uint64]uint64{0o100664: 0o100644, 0o100600: 0o100644, 0o100755: 0o100755, 0o100700: 0o100755, 0o120000: 0o120000,
+		0o40000: 0o40000, 0o160000: 0o160000, 0o0: 0o160000, 0o140777: 0o160000} {
+		if got := indexMode(mode); got != want {
+			t.Errorf("%o became %o, want %o", mode, got, want)
 		}
 	}
 }

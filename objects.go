@@ -22,8 +22,7 @@ type objects struct {
 	asked []string    // ids that git was given at its start, and did not answer yet
 	left  int64       // bytes of blobs that may still be copied
 	err   error       // after which nothing more is read
-	keep  func() bool // ends the loan: false where its context has ended git
-	leave func()      // lets another one read
+	keep  func() bool // ends the loan: false where its context has ended git; nil: closed
 }
 
 // reader is a git cat-file --batch, lent to one after another.
@@ -57,20 +56,16 @@ func (u *upstream) open(ctx context.Context, ids ...string) (*objects, error) {
 	return c.open(ctx, ids...)
 }
 
-// open has services whose files change at the same time served one after another by a few gits.
 func (c *clone) open(ctx context.Context, ids ...string) (*objects, error) {
-	o := &objects{asked: ids, left: maxShown, leave: c.readers.enter(ctx)}
-	err := ctx.Err()
-	isAhead := len(ids) > 0
-	if err == nil && !isAhead {
+	o := &objects{asked: ids, left: maxShown}
+	if isAhead := len(ids) > 0; !isAhead {
 		o.reader = c.spareReader()
 	}
-	if err == nil && o.reader == nil {
-		o.reader, err = c.start(context.WithoutCancel(ctx), ids)
-	}
-	if err != nil {
-		o.leave()
-		return nil, err
+	if o.reader == nil {
+		var err error
+		if o.reader, err = c.start(context.WithoutCancel(ctx), ids); err != nil {
+			return nil, err
+		}
 	}
 	o.keep = context.AfterFunc(ctx, o.end)
 	return o, nil
@@ -81,9 +76,11 @@ func (c *clone) spareReader() *reader {
 	for {
 		select {
 		case r := <-c.spare:
-			if hasEnded := len(r.ended) > 0; !hasEnded {
+			hasEnded := len(r.ended) > 0
+			if isOld := time.Since(r.started) > spareAge; !hasEnded && !isOld {
 				return r
 			}
+			r.end()
 		default:
 			return nil
 		}
@@ -128,45 +125,48 @@ func (c *clone) start(ctx context.Context, ids []string) (*reader, error) {
 
 // close gives git back to the next who asks for one, or ends it. It may be called twice, and of nil.
 func (o *objects) close() {
-	if o == nil || errors.Is(o.err, os.ErrClosed) {
+	if o == nil || o.keep == nil {
 		return
 	}
 	isInStep := o.keep() && o.err == nil
 	mayAsk := o.asked == nil && time.Since(o.started) < spareAge
 
-	o.err = errors.Join(o.err, os.ErrClosed)
+	o.keep, o.err = nil, errors.Join(o.err, os.ErrClosed)
 	if isInStep && mayAsk {
 		o.c.giveBack(o.reader)
 	} else {
 		o.end()
 	}
-	o.leave()
 }
 
 // giveBack keeps a reader for a while.
 func (c *clone) giveBack(r *reader) {
 	r.spareAt = time.Now()
+	c.keepSpare(r)
+	time.AfterFunc(spareTime, c.endSpare)
+}
+
+// keepSpare keeps a reader where there is room, and else ends it.
+func (c *clone) keepSpare(r *reader) {
 	select {
 	case c.spare <- r:
-		time.AfterFunc(spareTime, c.endSpare)
 	default:
 		r.end()
 	}
 }
 
-// endSpare ends a reader that nobody has asked for in a while.
+// endSpare ends the readers that nobody has asked for in a while.
 func (c *clone) endSpare() {
-	r := c.spareReader()
-	switch {
-	case r == nil:
-	case time.Since(r.spareAt) < spareTime:
-		select {
-		case c.spare <- r:
+	for range cap(c.spare) {
+		r := c.spareReader()
+		switch {
+		case r == nil:
+			return
+		case time.Since(r.spareAt) < spareTime:
+			c.keepSpare(r)
 		default:
 			r.end()
 		}
-	default:
-		r.end()
 	}
 }
 

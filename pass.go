@@ -348,6 +348,7 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	if err := s.up.fetchMissing(ctx, c.want); err != nil || s.plan != nil {
 		return c, err
 	}
+	defer s.up.reads.enter(ctx)()
 	ids := c.want.idsOf(c.diff.put)
 	if len(ids) < 64 { // a git that runs already is quicker
 		ids = nil
@@ -427,7 +428,9 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	commit, objects := s.files.live().Commit, s.up.objectsDir()
 	if before.Content != c.Content || !s.files.isDressed(commit, objects) {
 		s.within(fetchLimit)
+		leave := s.up.reads.enter(ctx)
 		index, err := s.up.index(ctx, commit, s.dirs, c.want)
+		leave()
 		if err == nil {
 			err = s.files.dress(commit, objects, index)
 		}

@@ -436,27 +436,28 @@ func (p place) sync(name string) error {
 	return errors.Join(syscall.Fsync(fd), syscall.Close(fd))
 }
 
-// reopen opens a directory that is held such that it can be synced.
-func (p place) reopen() (place, error) {
-	fd, err := syscall.Openat(p.fd, ".", readRegular|syscall.O_DIRECTORY, 0)
-	return place{fd}, err
-}
+// A few files are synced side by side, so that they share what the disk does for them. Where there are many,
+// syncfs(2) writes all of them first, with what others have to write as well, in a twentieth of the time.
+const (
+	syncsAtOnce = 8
+	manySyncs   = 64
+)
 
-// syncsEach is up to how many files are synced each by itself. For so many syncfs(2) takes a twentieth of the
-// time, though it writes what others have to write as well.
-const syncsEach = 64
-
-// sync makes paths outlive a power cut, side by side, so that they share what the disk does for them. What is
-// not there is left out. disk is a directory of the file system that was opened before they were written: so
-// syncfs(2) tells of a disk that failed to write them (from Linux 5.8 on).
-func (d *descent) sync(disk place, paths []string) error {
-	if isMany := len(paths) > syncsEach; isMany && numbers.syncfs != 0 {
-		_, _, e := syscall.Syscall(numbers.syncfs, uintptr(disk.fd), 0, 0)
-		return except(e, syscall.Errno(0))
+// sync makes paths outlive a power cut. What is not there is left out. That the disk failed to write one is told
+// by its own fsync(2), for syncfs tells it only from Linux 5.8 on.
+func (d *descent) sync(paths []string) error {
+	if isMany := len(paths) > manySyncs; isMany && numbers.syncfs != 0 {
+		fd, err := syscall.Openat(d.top.fd, ".", readRegular|syscall.O_DIRECTORY, 0)
+		if err != nil {
+			return err
+		}
+		_, _, _ = syscall.Syscall(numbers.syncfs, uintptr(fd), 0, 0)
+		syscall.Close(fd)
 	}
 
-	results := make(chan error, len(paths))
+	results, room := make(chan error, len(paths)), make(chan struct{}, syncsAtOnce)
 	for _, p := range paths {
+		room <- struct{}{}
 		parent, name := path.Split(p)
 		dir, err := d.to(parent)
 		fd := -1
@@ -465,9 +466,13 @@ func (d *descent) sync(disk place, paths []string) error {
 		}
 		if err != nil {
 			results <- except(err, noPath...)
+			<-room
 			continue
 		}
-		go func() { results <- errors.Join(syscall.Fsync(fd), syscall.Close(fd)) }()
+		go func() {
+			results <- errors.Join(syscall.Fsync(fd), syscall.Close(fd))
+			<-room
+		}()
 	}
 	var err error
 	for range paths {

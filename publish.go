@@ -32,11 +32,6 @@ func (f *files) stage(ctx context.Context, want tree, d diff,
 		return err
 	}
 	defer top.close()
-	disk, err := top.reopen() // before anything is written, see syncfs
-	if err != nil {
-		return err
-	}
-	defer disk.close()
 
 	short, err := f.enough(top, want, d)
 	if err != nil {
@@ -76,7 +71,7 @@ func (f *files) stage(ctx context.Context, want tree, d diff,
 			staged = append(staged, p)
 		}
 	}
-	if err := out.sync(disk, staged); err != nil {
+	if err := out.sync(staged); err != nil {
 		return fmt.Errorf("lay out files in %s: %w", f.dir, err)
 	}
 	return nil
@@ -185,11 +180,6 @@ func (f *files) publish(ctx context.Context, v version, want tree, d diff) error
 		return err
 	}
 	defer top.close()
-	disk, err := top.reopen()
-	if err != nil {
-		return err
-	}
-	defer disk.close()
 
 	// From here on the manifest knows what is staged: nothing of it is ever taken for somebody's own.
 	m := f.load().begin(v, f.staged)
@@ -219,7 +209,7 @@ func (f *files) publish(ctx context.Context, v version, want tree, d diff) error
 	w.removeEmpty(want)
 	w.live.back(0) // what it holds may have been moved away
 	changed := ownDirs(slices.Concat(d.put, d.gone))
-	if err := errors.Join(w.live.sync(disk, changed), w.out.top.sync(".")); err != nil {
+	if err := errors.Join(w.live.sync(changed), w.out.top.sync(".")); err != nil {
 		return fmt.Errorf("%s: %w", f.dir, err)
 	}
 

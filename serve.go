@@ -26,8 +26,14 @@ func (s *Service) serve(ctx context.Context, v version) error {
 	case err != nil:
 		return err
 	case !isTold:
+		leave := acting.enter(ctx)
+		if ctx.Err() != nil {
+			leave()
+			return ctx.Err()
+		}
 		s.within(actionLimit + localLimit)
 		verb, err := tell(s.stop.hard, s.service, s.action, s.hasUnits(), s.step)
+		leave()
 		if err != nil {
 			return err
 		}

@@ -362,12 +362,11 @@ func verbFor(u *unit, action string) (string, error) {
 	return "", fmt.Errorf(`%s can't be reloaded: use action = "restart"`, u.is["Id"])
 }
 
-// acting is for actions at the same time: each systemctl that waits for its job is told of all others' jobs.
+// acting is for units that are told at the same time: each systemctl that waits for its job hears of all jobs.
 var acting = crowd{room: make(chan struct{}, 8)}
 
 // act gives systemd a verb for a unit and counts it. Where it fails, the unit's last words are in the error.
 func act(ctx context.Context, name, id, verb string) error {
-	defer acting.enter(ctx)()
 	start := time.Now()
 	_, err := systemctl(ctx, actionLimit, verb, "--", name)
 	result := "ok"
