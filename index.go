@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/hex"
@@ -99,12 +98,14 @@ func indexText(shown, beside tree, digits int) ([]byte, error) {
 	maps.Copy(all, shown)
 
 	const extended, skipWorktree = 0x4000, 0x4000
-	b := bytes.NewBufferString("DIRC")
-	number := func(v any) { _ = binary.Write(b, binary.BigEndian, v) }
-	number([]uint32{3, uint32(len(all))})
+	b := make([]byte, 0, 160*len(all))
+	number := func(v uint32) { b = binary.BigEndian.AppendUint32(b, v) }
+	b = append(b, "DIRC"...)
+	number(3)
+	number(uint32(len(all)))
 	hasDirectories := false
 	for _, p := range slices.Sorted(maps.Keys(all)) {
-		e, start := all[p], b.Len()
+		e, start := all[p], len(b)
 		mode, err1 := strconv.ParseUint(e.mode, 8, 32)
 		id, err2 := hex.DecodeString(e.id)
 		if err := errors.Join(err1, err2); err != nil {
@@ -112,24 +113,26 @@ func indexText(shown, beside tree, digits int) ([]byte, error) {
 		}
 
 		_, isShown := shown[p]
-		skip := uint16(skipWorktree)
+		flags := uint32(extended|min(len(p), 0xfff))<<16 | skipWorktree
 		if isShown && e.mode != "160000" {
-			skip = 0
+			flags &^= skipWorktree
 		}
-		number([]uint32{0, 0, 0, 0, 0, 0, uint32(indexMode(mode)), 0, 0, 0})
-		b.Write(id)
-		number([]uint16{extended | uint16(min(len(p), 0xfff)), skip})
-		b.WriteString(p)
-		b.Write(make([]byte, 8-(b.Len()-start)%8))
+		b = append(b, make([]byte, 24)...) // times, device and inode
+		number(uint32(indexMode(mode)))
+		b = append(b, make([]byte, 12)...) // owner, group and size
+		b = append(b, id...)
+		number(flags)
+		b = append(b, p...)
+		b = append(b, make([]byte, 8-(len(b)-start)%8)...)
 		hasDirectories = hasDirectories || e.mode == "40000"
 	}
 
 	if hasDirectories {
-		b.WriteString("sdir\x00\x00\x00\x00")
+		b = append(b, "sdir\x00\x00\x00\x00"...)
 	}
 	h := newHash(digits)
-	h.Write(b.Bytes())
-	return h.Sum(b.Bytes()), nil
+	h.Write(b)
+	return h.Sum(b), nil
 }
 
 // indexMode is the mode that git's index has for one of a tree, which may be any number.
