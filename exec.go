@@ -431,6 +431,15 @@ func writeFile(name string, data []byte) error { return replaceFile(name, data, 
 
 // replaceFile is writeFile for a file of another mode.
 func replaceFile(name string, data []byte, mode os.FileMode) error {
+	if err := exchangeFile(name, data, mode, (*os.File).Sync); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(name))
+}
+
+// exchangeFile replaces a file of root's such that who reads it finds the old one or the new one; after a power
+// cut it is what sync makes of it.
+func exchangeFile(name string, data []byte, mode os.FileMode, sync func(*os.File) error) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 		return err
 	}
@@ -438,16 +447,16 @@ func replaceFile(name string, data []byte, mode os.FileMode) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name())
 
 	_, err = f.Write(data)
-	if err := errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
-		return err
+	err = errors.Join(err, f.Chmod(mode), sync(f), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), name)
 	}
-	if err := os.Rename(f.Name(), name); err != nil {
-		return err
+	if err != nil {
+		_ = os.Remove(f.Name())
 	}
-	return syncDir(filepath.Dir(name))
+	return err
 }
 
 // syncDir makes the names in a directory outlive a power cut.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/hex"
@@ -133,6 +134,20 @@ func indexText(shown, beside tree, digits int) ([]byte, error) {
 	h := newHash(digits)
 	h.Write(b)
 	return h.Sum(b), nil
+}
+
+// isWholeIndex says whether an index was written to its end, where its hash is, or zeros (git-config(1),
+// index.skipHash).
+func isWholeIndex(index []byte, digits int) bool {
+	h := newHash(digits)
+	end := len(index) - h.Size()
+	if end < 0 {
+		return false
+	}
+	h.Write(index[:end])
+	sum := index[end:]
+	isUnset := bytes.Equal(sum, make([]byte, len(sum)))
+	return isUnset || bytes.Equal(sum, h.Sum(nil))
 }
 
 // indexMode is the mode that git's index has for one of a tree, which may be any number.

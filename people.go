@@ -25,20 +25,25 @@ func (f *files) locks(git string) (has, wants bool) {
 	return holds(git+"/index.lock", lockText), f.acct.uid != os.Getuid()
 }
 
-// isDressed says whether the .git for people is that of commit, and was written to the end: HEAD is last.
+// isDressed says whether the .git for people is that of commit, and was written to the end: HEAD is last. As it
+// was not synced, a power cut may have left less of it, so all of it is looked at where it is new to us.
 func (f *files) isDressed(commit, objects string) bool {
 	now := worn{commit, f.git}
 	if now == f.worn {
 		return true
 	}
 
-	if has, wants := f.locks(f.dir + "/.git"); has != wants {
+	git := f.dir + "/.git"
+	if has, wants := f.locks(git); has != wants {
 		return false
 	}
-	for i, right := range []string{commit + "\n", objects + "\n", f.sparse()} {
-		if !holds(f.dir+"/"+wornNames[i], right) {
+	for _, file := range f.gitFiles(commit, objects) {
+		if !holds(git+"/"+file.name, file.text) {
 			return false
 		}
+	}
+	if index, err := readText(git + "/index"); err != nil || !isWholeIndex(index, len(commit)) {
+		return false
 	}
 	isYoung := func(s stamp) bool { return time.Since(time.Unix(0, s.ctime)) < youngest }
 	if !slices.ContainsFunc(now.files[:], isYoung) { // else it is read again
@@ -71,14 +76,19 @@ type worn struct {
 	files  stamps
 }
 
-// holds says whether a file has that text. Somebody may have put a pipe there, which is none.
-func holds(name, text string) bool {
+// readText reads a file; a pipe that somebody put there is none.
+func readText(name string) ([]byte, error) {
 	file, _, err := place{-1}.openFile(name)
 	if err != nil {
-		return false
+		return nil, err
 	}
 	defer file.close()
-	got, err := io.ReadAll(file)
+	return io.ReadAll(file)
+}
+
+// holds says whether a file has that text.
+func holds(name, text string) bool {
+	got, err := readText(name)
 	return err == nil && string(got) == text
 }
 
@@ -137,34 +147,52 @@ const gitConfig = `[core]
 	expectFilesOutsideOfPatterns = true
 `
 
+// gitFile is a file of the .git for people, by its name in there.
+type gitFile struct{ name, text string }
+
+// gitFiles returns the files of the .git for people but its index; the last is to be written last.
+func (f *files) gitFiles(commit, objects string) []gitFile {
+	format := map[int]string{40: "sha1", 64: "sha256"}[len(commit)]
+	return []gitFile{
+		{"config", fmt.Sprintf(gitConfig, format)},
+		{"objects/info/alternates", objects + "\n"},
+		{"info/sparse-checkout", f.sparse()},
+		{"info/exclude", f.exclude()},
+		{"info/attributes", "* -text -ident -filter -working-tree-encoding\n"},
+		{"HEAD", commit + "\n"},
+	}
+}
+
 // fillGit writes all of .git but what people made in it.
 func (f *files) fillGit(top place, name, commit, objects string, index []byte) error {
 	git := top.path() + "/" + name
 	if err := os.MkdirAll(git+"/refs", 0o700); err != nil {
 		return err
 	}
-	format := map[int]string{40: "sha1", 64: "sha256"}[len(commit)]
-	for _, file := range [][2]string{
-		{"HEAD", unbornHead},
-		{"config", fmt.Sprintf(gitConfig, format)},
-		{"objects/info/alternates", objects + "\n"},
-		{"info/sparse-checkout", f.sparse()},
-		{"info/exclude", f.exclude()},
-		{"info/attributes", "* -text -ident -filter -working-tree-encoding\n"},
-	} {
-		if at := git + "/" + file[0]; !holds(at, file[1]) {
-			if err := writeFile(at, []byte(file[1])); err != nil {
-				return err
-			}
-		}
+	if err := writeGit(git+"/HEAD", unbornHead); err != nil {
+		return err
 	}
 	if err := f.setLock(git); err != nil {
 		return err
 	}
-	if err := writeFile(git+"/index", index); err != nil {
+	if err := writeGit(git+"/index", string(index)); err != nil {
 		return err
 	}
-	return writeFile(git+"/HEAD", []byte(commit+"\n"))
+	for _, file := range f.gitFiles(commit, objects) {
+		if err := writeGit(git+"/"+file.name, file.text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeGit writes a file of the .git for people, where it is another one. isDressed knows what a power cut
+// leaves.
+func writeGit(name, text string) error {
+	if holds(name, text) {
+		return nil
+	}
+	return exchangeFile(name, []byte(text), 0o600, func(*os.File) error { return nil })
 }
 
 // setLock makes the lock of root's git, or takes it away.
@@ -174,7 +202,7 @@ func (f *files) setLock(git string) error {
 	case has == wants:
 		return nil
 	case wants:
-		return writeFile(git+"/index.lock", []byte(lockText))
+		return writeGit(git+"/index.lock", lockText)
 	}
 	return os.Remove(git + "/index.lock")
 }

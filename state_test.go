@@ -260,6 +260,32 @@ func TestStateDamageHeals(t *testing.T) {
 	}
 }
 
+// TestStatePowerCutLeavesPeoplesGit: what a power cut takes of the .git for people is there after the next start.
+func TestStatePowerCutLeavesPeoplesGit(t *testing.T) {
+	w := okWorld(t)
+	git := w.s.files.dir + "/.git/"
+	for _, name := range []string{"index", "config", "HEAD", "info/exclude", "info/attributes", "info/sparse-checkout"} {
+		for _, size := range []int64{0, 30} {
+			whole, err := os.ReadFile(git + name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Truncate(git+name, min(size, int64(len(whole))-1)); err != nil {
+				t.Fatal(err)
+			}
+			w.restart()
+			w.reconcile()
+			got := w.read("mount/svc.service/.git/" + name)
+			isIndex := name == "index" // in which git notes what it saw
+			if got != string(whole) && !isIndex {
+				t.Errorf("%s of %d bytes: now it is %q, was %q", name, size, got, whole)
+			}
+			w.clean()
+		}
+	}
+	w.want("OK", "", "one\n", "")
+}
+
 // TestStateNoGitDecides: what stands in the checkout's .git is for people, and theirs.
 func TestStateNoGitDecides(t *testing.T) {
 	w := okWorld(t)
