@@ -180,8 +180,8 @@ type crowd struct {
 	left atomic.Int64 // how many have left
 }
 
-// enter waits for a place, and returns what gives it back. Where ctx is done, nobody has left for a second, or
-// after a minute, it does not wait: what hangs must not hold up others, nor may many who are slow.
+// enter waits for a place, and returns what gives it back. Where ctx is done, nobody has left for a second,
+// or after a minute, it does not wait: what hangs must not hold up others, nor may many who are slow.
 func (c *crowd) enter(ctx context.Context) (leave func()) {
 	before := int64(-1)
 	for range 60 {
@@ -437,8 +437,8 @@ func replaceFile(name string, data []byte, mode os.FileMode) error {
 	return syncDir(filepath.Dir(name))
 }
 
-// exchangeFile replaces a file of root's such that who reads it finds the old one or the new one; after a power
-// cut it is what sync makes of it.
+// exchangeFile replaces a file of root's such that who reads it finds the old one or the new one; after a
+// power cut it is what sync makes of it.
 func exchangeFile(name string, data []byte, mode os.FileMode, sync func(*os.File) error) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 		return err

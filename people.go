@@ -25,8 +25,8 @@ func (f *files) locks(git string) (has, wants bool) {
 	return holds(git+"/index.lock", lockText), f.acct.uid != os.Getuid()
 }
 
-// isDressed says whether the .git for people is that of commit, and was written to the end: HEAD is last. As it
-// was not synced, a power cut may have left less of it, so all of it is looked at where it is new to us.
+// isDressed says whether the .git for people is that of commit, and was written to the end: HEAD is last. It
+// was not synced, and a power cut may have left less of it: so all is looked at where it is new to us.
 func (f *files) isDressed(commit, objects string) bool {
 	now := worn{commit, f.git}
 	if now == f.worn {
@@ -52,10 +52,8 @@ func (f *files) isDressed(commit, objects string) bool {
 	return true
 }
 
-// wornNames are the files of the .git for people that are looked at in each pass.
-var wornNames = [...]string{
-	".git/HEAD", ".git/objects/info/alternates", ".git/info/sparse-checkout", ".git/index.lock",
-}
+// wornNames are looked at in each pass. The directory changes with the names in it, and git renames files.
+var wornNames = [...]string{".git", ".git/HEAD"}
 
 // stamps are those of wornNames; zero: it is not there.
 type stamps [len(wornNames)]stamp
