@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -357,8 +356,9 @@ func retired(stateDir string, services []*Service) (gone []*Service) {
 	return gone
 }
 
-// watchUnits asks systemd every interval for the state of all services' units, in one go, and hands each what
-// it found. A service has a pass then if that is news, or if it had none since the last time.
+// watchUnits asks systemd, as often as the slowest rounds come, for the state of all services' units, in one
+// go, and hands each what it found. A service has a pass then if that is news, or if it had none since the
+// last time, as where its upstream can't be looked at.
 func watchUnits(ctx context.Context, services []*Service, interval time.Duration) {
 	var names []string
 	var with []*Service
@@ -368,9 +368,9 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 		}
 	}
 	ids, before := unitNames{}, make([]*Status, len(with))
-	for len(names) > 0 {
+	for wait := interval; len(names) > 0; wait = interval + interval/2 {
 		select {
-		case <-time.After(interval + rand.N(interval/2+1)):
+		case <-time.After(wait):
 		case <-ctx.Done():
 			return
 		}
