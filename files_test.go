@@ -682,7 +682,7 @@ func TestFilesDress(t *testing.T) {
 
 	want := b.tree("a/f", "a/f", "sp ace [x]", "sp ace [x]")
 	b.must("one", want)
-	beside := tree{"elsewhere/": {"40000", git("-C", up, "rev-parse", "HEAD:elsewhere")}}
+	beside := []entry{{"40000", "elsewhere/", git("-C", up, "rev-parse", "HEAD:elsewhere")}}
 	index, err := indexText(want, beside, len(commit))
 	if err != nil {
 		t.Fatal(err)

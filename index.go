@@ -7,10 +7,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/hex"
-	"errors"
 	"fmt"
-	"maps"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -39,50 +36,55 @@ func (u *upstream) index(ctx context.Context, commit string, dirs []dir, shown t
 	}
 
 	isOld := u.git.Load() < 2032 // and does not know directories in an index
-	beside := tree{}
-	if err := w.beside(entry{"40000", "", c.top}, dirs, isOld, beside); err != nil {
+	beside, err := w.beside(nil, entry{"40000", "", c.top}, dirs, isOld)
+	if err != nil {
 		return nil, err
 	}
 	return indexText(shown, beside, len(commit))
 }
 
-// beside adds what lies in a directory and is not shown at the links of dirs: directories that no link is in
-// are one path each, with a slash at its end, or else, if they are to be whole, all of their files.
-func (w *walker) beside(in entry, dirs []dir, whole bool, beside tree) error {
+// beside appends what lies in a directory and is not shown at the links of dirs, with whole paths for names:
+// directories that no link is in are one entry each, with a slash at its end, or else, if they are to be
+// whole, all of their files.
+func (w *walker) beside(all []entry, in entry, dirs []dir, whole bool) ([]entry, error) {
 	list, err := w.list(in.id)
 	if err != nil {
-		return err
+		return nil, err
 	}
 
 	for _, e := range list {
 		if !isFileName(e.name) {
-			return fmt.Errorf("commit %.8s: %q is not a path that may be checked out", w.commit, e.name)
+			return nil, fmt.Errorf("commit %.8s: %q is not a path that may be checked out", w.commit, e.name)
 		}
 
-		e.name, e.mode = path.Join(in.name, e.name), strings.TrimLeft(e.mode, "0") // as very old trees have it
+		if in.name != "" {
+			e.name = in.name + "/" + e.name
+		}
+		e.mode = strings.TrimLeft(e.mode, "0") // as very old trees have it
 		isShown := func(d dir) bool { return within(e.name, d.link) }
 		leadsOn := func(d dir) bool { return within(d.link, e.name) }
 		isDirectory := e.mode == "40000"
 		w.entries++
 		isBomb := w.entries > 4*treeEntries || strings.Count(e.name, "/") > treeDepth
 		if isBomb { // looked for before it is entered
-			return fmt.Errorf("commit %.8s: too many files beside the links, or too deep", w.commit)
+			return nil, fmt.Errorf("commit %.8s: too many files beside the links, or too deep", w.commit)
 		}
 
 		switch {
 		case slices.ContainsFunc(dirs, isShown):
 		case isDirectory && (whole || slices.ContainsFunc(dirs, leadsOn)):
-			err = w.beside(e, dirs, whole, beside)
+			all, err = w.beside(all, e, dirs, whole)
 		case isDirectory:
-			beside[e.name+"/"] = blob{e.mode, e.id}
+			e.name += "/"
+			all = append(all, e)
 		default:
-			beside[e.name] = blob{e.mode, e.id}
+			all = append(all, e)
 		}
 		if err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return nil
+	return all, nil
 }
 
 // isFileName says whether git would check out a name of a tree.
@@ -94,9 +96,12 @@ func isFileName(name string) bool {
 // indexText writes an index as in gitformat-index(5), of version 3: entries without what lstat(2) says, so
 // that git looks at the files itself, and whole directories as in a sparse index. Submodules are not checked
 // out, for git would run itself in them.
-func indexText(shown, beside tree, digits int) ([]byte, error) {
-	all := maps.Clone(beside)
-	maps.Copy(all, shown)
+func indexText(shown tree, beside []entry, digits int) ([]byte, error) {
+	all := slices.Clone(beside)
+	for p, b := range shown {
+		all = append(all, entry{b.mode, p, b.id})
+	}
+	slices.SortFunc(all, func(a, b entry) int { return strings.Compare(a.name, b.name) })
 
 	const extended, skipWorktree = 0x4000, 0x4000
 	b := make([]byte, 0, 160*len(all))
@@ -105,25 +110,26 @@ func indexText(shown, beside tree, digits int) ([]byte, error) {
 	number(3)
 	number(uint32(len(all)))
 	hasDirectories := false
-	for _, p := range slices.Sorted(maps.Keys(all)) {
-		e, start := all[p], len(b)
-		mode, err1 := strconv.ParseUint(e.mode, 8, 32)
-		id, err2 := hex.DecodeString(e.id)
-		if err := errors.Join(err1, err2); err != nil {
+	for _, e := range all {
+		start := len(b)
+		mode, err := strconv.ParseUint(e.mode, 8, 32)
+		if err != nil {
 			return nil, err
 		}
 
-		_, isShown := shown[p]
-		flags := uint32(extended|min(len(p), 0xfff))<<16 | skipWorktree
+		_, isShown := shown[e.name]
+		flags := uint32(extended|min(len(e.name), 0xfff))<<16 | skipWorktree
 		if isShown && e.mode != "160000" {
 			flags &^= skipWorktree
 		}
 		b = append(b, make([]byte, 24)...) // times, device and inode
 		number(uint32(indexMode(mode)))
 		b = append(b, make([]byte, 12)...) // owner, group and size
-		b = append(b, id...)
+		if b, err = hex.AppendDecode(b, []byte(e.id)); err != nil {
+			return nil, err
+		}
 		number(flags)
-		b = append(b, p...)
+		b = append(b, e.name...)
 		b = append(b, make([]byte, 8-(len(b)-start)%8)...)
 		hasDirectories = hasDirectories || e.mode == "40000"
 	}

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path"
@@ -13,6 +14,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"unsafe"
 )
@@ -435,17 +437,28 @@ func unmake(made, needed []string) (stay []string) {
 // mountPoint is one line of /proc/self/mountinfo.
 type mountPoint struct{ id, parent, device, root, point string }
 
-// unescapeMount undoes how proc_pid_mountinfo(5) writes space, tab, newline and backslash.
-var unescapeMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace
+// escapedMount undoes how proc_pid_mountinfo(5) writes space, tab, newline and backslash.
+var escapedMount = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+
+func unescapeMount(name string) string {
+	if !strings.Contains(name, `\`) { // which a Replacer looks for at length
+		return name
+	}
+	return escapedMount.Replace(name)
+}
 
 // parseMountinfo reads lines as proc_pid_mountinfo(5) has them:
 //
 //	36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
 func parseMountinfo(text string) ([]mountPoint, error) {
-	var mounts []mountPoint
+	mounts := make([]mountPoint, 0, strings.Count(text, "\n"))
 	for line := range strings.Lines(text) {
-		f := strings.Fields(line)
-		if len(f) < 6 {
+		var f [5]string
+		rest, isMore := line, true
+		for i := range f {
+			f[i], rest, isMore = strings.Cut(rest, " ")
+		}
+		if !isMore {
 			return nil, fmt.Errorf("mountinfo: unexpected line %q", line)
 		}
 		mounts = append(mounts, mountPoint{f[0], f[1], f[2], unescapeMount(f[3]), unescapeMount(f[4])})
@@ -455,12 +468,29 @@ func parseMountinfo(text string) ([]mountPoint, error) {
 
 // readMountinfo returns the mounts of our namespace.
 func readMountinfo() ([]mountPoint, error) {
-	text, err := os.ReadFile("/proc/self/mountinfo")
+	file, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
 	}
-	return parseMountinfo(string(text))
+	defer file.Close()
+
+	var text strings.Builder
+	text.Grow(int(mountinfoSize.Load()))
+	chunk := make([]byte, 4<<10) // as much as the kernel gives at a time
+	for err == nil {
+		n := 0
+		n, err = file.Read(chunk)
+		text.Write(chunk[:n])
+	}
+	if err != io.EOF {
+		return nil, err
+	}
+	mountinfoSize.Store(int64(text.Len()))
+	return parseMountinfo(text.String())
 }
+
+// mountinfoSize is that of the last look, for a hundred services look at hundreds of mounts when they start.
+var mountinfoSize atomic.Int64
 
 // visible returns the topmost mount at point, nil if there is none. Of several that nothing covers there all
 // but the last lie under a mount on a directory above.
