@@ -142,8 +142,8 @@ func indexText(shown tree, beside []entry, digits int) ([]byte, error) {
 	return h.Sum(b), nil
 }
 
-// isWholeIndex says whether an index was written to its end, where its hash is, or zeros (git-config(1),
-// index.skipHash).
+// isWholeIndex says whether an index was written to its end, where its hash is. A git of people's may leave
+// that out, see index.skipHash in git-config(1): then it is written anew.
 func isWholeIndex(index []byte, digits int) bool {
 	h := newHash(digits)
 	end := len(index) - h.Size()
@@ -151,9 +151,7 @@ func isWholeIndex(index []byte, digits int) bool {
 		return false
 	}
 	h.Write(index[:end])
-	sum := index[end:]
-	isUnset := bytes.Equal(sum, make([]byte, len(sum)))
-	return isUnset || bytes.Equal(sum, h.Sum(nil))
+	return bytes.Equal(index[end:], h.Sum(nil))
 }
 
 // indexMode is the mode that git's index has for one of a tree, which may be any number.

@@ -39,10 +39,12 @@ type reader struct {
 	kept  int                // entries in trees
 }
 
-// How long a reader that was given back waits for the next to ask, and how old it may be then.
+// How long a reader that was given back waits for the next to ask, how old it may be then, and how many
+// entries of trees it keeps meanwhile, which is about 2 MB.
 const (
-	spareTime = 2 * time.Second
-	spareAge  = time.Minute
+	spareTime    = 2 * time.Second
+	spareAge     = time.Minute
+	spareEntries = 10_000
 )
 
 // open starts reading objects of the clone as it is, without network. Where the account of the clone's user
@@ -142,6 +144,9 @@ func (o *objects) close() {
 // giveBack keeps a reader for a while.
 func (c *clone) giveBack(r *reader) {
 	r.spareAt = time.Now()
+	if r.kept > spareEntries {
+		r.trees, r.kept = map[string][]entry{}, 0
+	}
 	c.keepSpare(r)
 	time.AfterFunc(spareTime, c.endSpare)
 }

@@ -419,26 +419,35 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	}
 	s.noteRan(s.files.live())
 	err := s.serve(ctx, c.version)
-	switch {
-	case errors.Is(err, errShutdown):
+	if errors.Is(err, errShutdown) {
 		return err
-	case err != nil:
+	}
+	isNew := c.Content != before.Content
+	if err == nil || !isNew { // what is new and does not run may be taken back first
+		s.dress(ctx, c, isNew)
+	}
+	if err != nil {
 		return brokenError{err}
 	}
-	commit, objects := s.files.live().Commit, s.up.objectsDir()
-	if before.Content != c.Content || !s.files.isDressed(commit, objects) {
-		s.within(fetchLimit)
-		leave := s.up.reads.enter(ctx)
-		index, err := s.up.index(ctx, commit, s.dirs, c.want)
-		leave()
-		if err == nil {
-			err = s.files.dress(commit, objects, index)
-		}
-		if err != nil {
-			slog.Warn(fmt.Sprintf("%s: .git for people: %s", s.service, oneLine(err.Error())))
-		}
-	}
 	return nil
+}
+
+// dress writes the .git for people, where that is not of what is live.
+func (s *Service) dress(ctx context.Context, c *candidate, isNew bool) {
+	commit, objects := s.files.live().Commit, s.up.objectsDir()
+	if !isNew && s.files.isDressed(commit, objects) {
+		return
+	}
+	s.within(fetchLimit)
+	leave := s.up.reads.enter(ctx)
+	index, err := s.up.index(ctx, commit, s.dirs, c.want)
+	leave()
+	if err == nil {
+		err = s.files.dress(commit, objects, index)
+	}
+	if err != nil && ctx.Err() == nil {
+		slog.Warn(fmt.Sprintf("%s: .git for people: %s", s.service, oneLine(err.Error())))
+	}
 }
 
 // showsWrong says whether a local does not show its link.

@@ -38,11 +38,11 @@ func (f *files) isDressed(commit, objects string) bool {
 		return false
 	}
 	for _, file := range f.gitFiles(commit, objects) {
-		if !holds(git+"/"+file.name, file.text) {
+		if !file.isIn(git) {
 			return false
 		}
 	}
-	if index, err := readText(git + "/index"); err != nil || !isWholeIndex(index, len(commit)) {
+	if !hasIndex(git, commit) || !lexists(git+"/refs") {
 		return false
 	}
 	isYoung := func(s stamp) bool { return time.Since(time.Unix(0, s.ctime)) < youngest }
@@ -52,7 +52,8 @@ func (f *files) isDressed(commit, objects string) bool {
 	return true
 }
 
-// wornNames are looked at in each pass. The directory changes with the names in it, and git renames files.
+// wornNames are looked at in each pass. The directory changes with the names in it, and git renames files;
+// what somebody does to files further below shows at the next start or commit.
 var wornNames = [...]string{".git", ".git/HEAD"}
 
 // stamps are those of wornNames; zero: it is not there.
@@ -148,6 +149,20 @@ const gitConfig = `[core]
 // gitFile is a file of the .git for people, by its name in there.
 type gitFile struct{ name, text string }
 
+// isIn says whether the file is in a .git. After our lines of the config may come some of people's.
+func (g gitFile) isIn(git string) bool {
+	got, err := readText(git + "/" + g.name)
+	isWhole := string(got) == g.text
+	hasMore := g.name == "config" && strings.HasPrefix(string(got), g.text)
+	return err == nil && (isWhole || hasMore)
+}
+
+// hasIndex says whether a .git has a whole index.
+func hasIndex(git, commit string) bool {
+	index, err := readText(git + "/index")
+	return err == nil && isWholeIndex(index, len(commit))
+}
+
 // gitFiles returns the files of the .git for people but its index; the last is to be written last.
 func (f *files) gitFiles(commit, objects string) []gitFile {
 	format := map[int]string{40: "sha1", 64: "sha256"}[len(commit)]
@@ -161,22 +176,25 @@ func (f *files) gitFiles(commit, objects string) []gitFile {
 	}
 }
 
-// fillGit writes all of .git but what people made in it.
+// fillGit writes what is not right in a .git, and leaves what people made in it.
 func (f *files) fillGit(top place, name, commit, objects string, index []byte) error {
 	git := top.path() + "/" + name
 	if err := os.MkdirAll(git+"/refs", 0o700); err != nil {
 		return err
 	}
-	if err := writeGit(git+"/HEAD", unbornHead); err != nil {
-		return err
-	}
+	files := f.gitFiles(commit, objects)
+	// Else people's git may have noted something in the index.
+	isOther := slices.ContainsFunc(files, func(g gitFile) bool { return g.name != "config" && !g.isIn(git) })
 	if err := f.setLock(git); err != nil {
 		return err
 	}
-	if err := writeGit(git+"/index", string(index)); err != nil {
-		return err
+	if isOther || !hasIndex(git, commit) {
+		files = slices.Insert(files, 0, gitFile{"HEAD", unbornHead}, gitFile{"index", string(index)})
 	}
-	for _, file := range f.gitFiles(commit, objects) {
+	for _, file := range files {
+		if file.isIn(git) {
+			continue
+		}
 		if err := writeGit(git+"/"+file.name, file.text); err != nil {
 			return err
 		}
@@ -184,12 +202,8 @@ func (f *files) fillGit(top place, name, commit, objects string, index []byte) e
 	return nil
 }
 
-// writeGit writes a file of the .git for people, where it is another one. isDressed knows what a power cut
-// leaves.
+// writeGit writes a file of the .git for people. isDressed knows what a power cut leaves.
 func writeGit(name, text string) error {
-	if holds(name, text) {
-		return nil
-	}
 	return exchangeFile(name, []byte(text), 0o600, func(*os.File) error { return nil })
 }
 

@@ -260,9 +260,12 @@ func TestStateDamageHeals(t *testing.T) {
 	}
 }
 
-// TestStatePowerCutLeavesPeoplesGit: what a power cut takes of the .git for people is there after the next start.
+// TestStatePowerCutLeavesPeoplesGit: what a power cut takes of the .git for people is there after the next start,
+// also where the unit does not come up.
 func TestStatePowerCutLeavesPeoplesGit(t *testing.T) {
 	w := okWorld(t)
+	w.commit("etc/app.conf", "two\n") // so that there is an older HEAD
+	w.reconcile()
 	git := w.s.files.dir + "/.git/"
 	for _, name := range []string{"index", "config", "HEAD", "info/exclude", "info/attributes", "info/sparse-checkout"} {
 		for _, size := range []int64{0, 30} {
@@ -271,6 +274,12 @@ func TestStatePowerCutLeavesPeoplesGit(t *testing.T) {
 				t.Fatal(err)
 			}
 			if err := os.Truncate(git+name, min(size, int64(len(whole))-1)); err != nil {
+				t.Fatal(err)
+			}
+			if name == "index" && size > 0 { // as a disk that lost the last of what it was told may have it
+				err = os.Truncate(git+name, int64(len(whole)))
+			}
+			if err != nil {
 				t.Fatal(err)
 			}
 			w.restart()
@@ -282,6 +291,36 @@ func TestStatePowerCutLeavesPeoplesGit(t *testing.T) {
 			}
 			w.clean()
 		}
+	}
+	w.want("OK", "", "two\n", "reload")
+
+	w.write("fake/svc.service", "failed")
+	os.RemoveAll(git + "refs")
+	os.Truncate(git+"config", 0)
+	w.restart()
+	w.reconcile()
+	if got := w.s.Status().State; got != "BROKEN" {
+		t.Errorf("the unit is down, and the state is %s", got)
+	}
+	w.clean()
+}
+
+// TestStatePeoplesConfigStays: what people configure in a checkout's .git of root's stays, and so does their index.
+func TestStatePeoplesConfigStays(t *testing.T) {
+	w := okWorld(t)
+	dir := w.s.files.dir
+	w.write("local/etc/new.conf", "theirs\n")
+	w.git(dir, "add", "etc/new.conf")
+	w.git(dir, "config", "user.nick", "ann")
+	for range 2 {
+		w.restart()
+		w.reconcile()
+	}
+	if got := w.git(dir, "config", "user.nick"); strings.TrimSpace(got) != "ann" {
+		t.Errorf("user.nick is %q", got)
+	}
+	if got := w.git(dir, "diff", "--cached", "--name-only"); strings.TrimSpace(got) != "etc/new.conf" {
+		t.Errorf("staged: %q", got)
 	}
 	w.want("OK", "", "one\n", "")
 }
