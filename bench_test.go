@@ -240,7 +240,12 @@ func BenchmarkPage(b *testing.B) {
 }
 
 func BenchmarkMetrics(b *testing.B) {
-	benchmarkHTTP(b, func(m monitor) string { return metricsText(m.services(), true, m.started) })
+	benchmarkHTTP(b, func(m monitor) string {
+		var text strings.Builder
+		text.Grow(2 << 20)
+		writeMetrics(&text, m.services(), true, m.started)
+		return text.String()
+	})
 }
 
 func benchmarkHTTP(b *testing.B, text func(monitor) string) {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -126,58 +127,66 @@ type metric struct {
 	samples          []sample
 }
 
-// metricsText is the Prometheus text format, version 0.0.4.
+// writeMetrics writes the Prometheus text format, version 0.0.4.
 // See prometheus.io/docs/instrumenting/exposition_formats.
-func metricsText(services []*Service, configOK bool, started time.Time) string {
-	text := make([]byte, 0, 2048*(1+len(services)))
+func writeMetrics(w io.Writer, services []*Service, configOK bool, started time.Time) {
+	out := bufio.NewWriterSize(w, 32<<10)
+	defer out.Flush()
 	for _, m := range slices.Concat(serviceMetrics(services), processMetrics(configOK, started)) {
 		if m.kind == "counter" && m.samples == nil {
 			m.samples = count.samples(m.name)
 		}
-		text = fmt.Appendf(text, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", m.name, m.help, m.kind)
+		fmt.Fprintf(out, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", m.name, m.help, m.kind)
 		for _, s := range m.samples {
-			text = append(text, m.name...)
+			line := append(out.AvailableBuffer(), m.name...)
 			if s.labels != "" {
-				text = append(append(append(text, '{'), s.labels...), '}')
+				line = append(append(append(line, '{'), s.labels...), '}')
 			}
-			text = strconv.AppendFloat(append(text, ' '), s.value, 'f', -1, 64)
-			text = append(text, '\n')
+			line = strconv.AppendFloat(append(line, ' '), s.value, 'f', -1, 64)
+			_, _ = out.Write(append(line, '\n'))
 		}
 	}
-	return string(text)
 }
 
 func serviceMetrics(services []*Service) []metric {
 	byName := func(a, b *Service) int { return cmp.Compare(a.service, b.service) }
-	var state, change, info, committed, sync, since, last []sample
+	services = slices.SortedFunc(slices.Values(services), byName)
+	info, names := make([]sample, len(services)), make([]string, len(services))
 	shown := map[string]string{} // upstreams without passwords
-	for _, s := range slices.SortedFunc(slices.Values(services), byName) {
-		st, l := s.Status(), labels("service", s.service)
-		state = append(state, sample{l, float64(st.state)})
-		change = append(change, sample{l, seconds(st.Change)})
-		committed = append(committed, sample{l, seconds(st.Committed)})
-		sync = append(sync, sample{l, truth(st.InSync)})
-		since = append(since, sample{l, seconds(st.OutOfSync)})
-		last = append(last, sample{l, seconds(st.LastLook)})
-
+	for i, s := range services {
+		st := s.Status()
+		names[i] = labels("service", s.service)
 		if shown[st.Upstream] == "" {
 			shown[st.Upstream] = labels("upstream", redact(st.Upstream))
 		}
 		what := labels("service", s.service, "hash", st.Commit[:min(8, len(st.Commit))], "branch", st.Branch)
-		info = append(info, sample{what + "," + shown[st.Upstream], 1})
+		info[i] = sample{what + "," + shown[st.Upstream], 1}
+	}
+	each := func(value func(st *Status) float64) []sample {
+		samples := make([]sample, len(services))
+		for i, s := range services {
+			samples[i] = sample{names[i], value(s.Status())}
+		}
+		return samples
 	}
 
 	return []metric{
 		{"gitopper_service_state", "gauge",
-			"State of the service: 0 OK, 1 FREEZE, 2 ROLLBACK, 3 BROKEN, 4 DIFF.", state},
-		{"gitopper_service_change_time_seconds", "gauge", "When the state last changed, Unix time.", change},
+			"State of the service: 0 OK, 1 FREEZE, 2 ROLLBACK, 3 BROKEN, 4 DIFF.",
+			each(func(st *Status) float64 { return float64(st.state) })},
+		{"gitopper_service_change_time_seconds", "gauge", "When the state last changed, Unix time.",
+			each(func(st *Status) float64 { return seconds(st.Change) })},
 		{"gitopper_service_info", "gauge", "Which commit of which branch and upstream runs.", info},
 		{"gitopper_service_committed_seconds", "gauge",
-			"When what runs was committed, Unix time; 0 where it is not known.", committed},
-		{"gitopper_service_in_sync", "gauge", "Whether what runs is upstream's newest commit.", sync},
+			"When what runs was committed, Unix time; 0 where it is not known.",
+			each(func(st *Status) float64 { return seconds(st.Committed) })},
+		{"gitopper_service_in_sync", "gauge", "Whether what runs is upstream's newest commit.",
+			each(func(st *Status) float64 { return truth(st.InSync) })},
 		{"gitopper_service_out_of_sync_since_seconds", "gauge",
-			"Since when it is not, Unix time; 0 while it is.", since},
-		{"gitopper_service_last_look_seconds", "gauge", "Last successful look at upstream, Unix time.", last},
+			"Since when it is not, Unix time; 0 while it is.",
+			each(func(st *Status) float64 { return seconds(st.OutOfSync) })},
+		{"gitopper_service_last_look_seconds", "gauge", "Last successful look at upstream, Unix time.",
+			each(func(st *Status) float64 { return seconds(st.LastLook) })},
 		{"gitopper_service_drift_total", "counter", "Local edits undone.", nil},
 		{"gitopper_service_refused_total", "counter", "Commits refused or taken back.", nil},
 		{"gitopper_service_actions_total", "counter", "Actions on the unit.", nil},
@@ -263,7 +272,7 @@ func (m monitor) serve(ctx context.Context, l net.Listener) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_, _ = io.WriteString(w, metricsText(m.services(), m.configOK(), m.started))
+		writeMetrics(w, m.services(), m.configOK(), m.started)
 	})
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		if stuck := healthy(m.services()); len(stuck) > 0 {

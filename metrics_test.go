@@ -32,7 +32,7 @@ func TestMetrics(t *testing.T) {
 	services := testServices(t)
 	startCounters(services)
 	var b bytes.Buffer
-	b.WriteString(metricsText(services, true, time.Unix(1668762000, 0)))
+	writeMetrics(&b, services, true, time.Unix(1668762000, 0))
 	text := b.String()
 	if strings.Contains(text, "secret") {
 		t.Error("the password of an upstream is in it")
@@ -59,7 +59,7 @@ func TestMetricsPleasePromtool(t *testing.T) {
 	var b bytes.Buffer
 	services := testServices(t)
 	startCounters(services)
-	b.WriteString(metricsText(services, false, time.Now()))
+	writeMetrics(&b, services, false, time.Now())
 	cmd := exec.Command("promtool", "check", "metrics")
 	cmd.Stdin = &b
 	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
@@ -109,7 +109,7 @@ var gauge = regexp.MustCompile(`\b(gitopper|process)_[a-z_]+`)
 // Alerts and dashboard speak of no metric that there isn't.
 func TestMetricsOfAlertsAndDashboard(t *testing.T) {
 	var there bytes.Buffer
-	there.WriteString(metricsText(nil, true, time.Now()))
+	writeMetrics(&there, nil, true, time.Now())
 	board, stderr, status := gitopper(t, "--dashboard")
 	if status != 0 || stderr != "" {
 		t.Fatalf("--dashboard: status %d: %s", status, stderr)
