@@ -443,8 +443,8 @@ const (
 	manySyncs   = 64
 )
 
-// sync makes paths outlive a power cut. What is not there is left out. That the disk failed to write one is told
-// by its own fsync(2), for syncfs tells it only from Linux 5.8 on.
+// sync makes paths outlive a power cut. What is not there is left out. That the disk failed to write one is
+// told by its own fsync(2), for syncfs tells it only from Linux 5.8 on.
 func (d *descent) sync(paths []string) error {
 	if isMany := len(paths) > manySyncs; isMany && numbers.syncfs != 0 {
 		fd, err := syscall.Openat(d.top.fd, ".", readRegular|syscall.O_DIRECTORY, 0)

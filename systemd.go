@@ -362,7 +362,7 @@ func verbFor(u *unit, action string) (string, error) {
 	return "", fmt.Errorf(`%s can't be reloaded: use action = "restart"`, u.is["Id"])
 }
 
-// acting is for units that are told at the same time: each systemctl that waits for its job hears of all jobs.
+// acting is for units that are told at the same time: each systemctl that waits for a job hears of all jobs.
 var acting = crowd{room: make(chan struct{}, 8)}
 
 // act gives systemd a verb for a unit and counts it. Where it fails, the unit's last words are in the error.
