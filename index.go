@@ -142,8 +142,7 @@ func indexText(shown tree, beside []entry, digits int) ([]byte, error) {
 	return h.Sum(b), nil
 }
 
-// isWholeIndex says whether an index was written to its end, where its hash is. A git of people's may leave
-// that out, see index.skipHash in git-config(1): then it is written anew.
+// isWholeIndex says whether an index was written to its end, where its hash is.
 func isWholeIndex(index []byte, digits int) bool {
 	h := newHash(digits)
 	end := len(index) - h.Size()

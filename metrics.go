@@ -152,10 +152,11 @@ func serviceMetrics(services []*Service) []metric {
 	byName := func(a, b *Service) int { return cmp.Compare(a.service, b.service) }
 	services = slices.SortedFunc(slices.Values(services), byName)
 	info, names := make([]sample, len(services)), make([]string, len(services))
-	shown := map[string]string{} // upstreams without passwords
+	statuses := make([]*Status, len(services)) // read once, so that all families tell of the same moment
+	shown := map[string]string{}               // upstreams without passwords
 	for i, s := range services {
 		st := s.Status()
-		names[i] = labels("service", s.service)
+		statuses[i], names[i] = st, labels("service", s.service)
 		if shown[st.Upstream] == "" {
 			shown[st.Upstream] = labels("upstream", redact(st.Upstream))
 		}
@@ -164,8 +165,8 @@ func serviceMetrics(services []*Service) []metric {
 	}
 	each := func(value func(st *Status) float64) []sample {
 		samples := make([]sample, len(services))
-		for i, s := range services {
-			samples[i] = sample{names[i], value(s.Status())}
+		for i, st := range statuses {
+			samples[i] = sample{names[i], value(st)}
 		}
 		return samples
 	}

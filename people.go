@@ -124,7 +124,8 @@ func (f *files) dress(commit, objects string, index []byte) error {
 }
 
 // gitConfig is the configuration of the .git for people. A git status would run git in each submodule that it
-// finds, with the configuration there: programs of the user's. Modes are those that dirs say.
+// finds, with the configuration there: programs of the user's. Modes are those that dirs say. An index has its
+// hash, by which isDressed knows that it is whole, also where root's git has feature.manyFiles (git-config(1)).
 const gitConfig = `[core]
 	repositoryformatversion = 1
 	bare = false
@@ -142,6 +143,8 @@ const gitConfig = `[core]
 	allow = never
 [diff]
 	ignoreSubmodules = all
+[index]
+	skipHash = false
 [sparse]
 	expectFilesOutsideOfPatterns = true
 `
