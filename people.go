@@ -124,8 +124,8 @@ func (f *files) dress(commit, objects string, index []byte) error {
 }
 
 // gitConfig is the configuration of the .git for people. A git status would run git in each submodule that it
-// finds, with the configuration there: programs of the user's. Modes are those that dirs say. An index has its
-// hash, by which isDressed knows that it is whole, also where root's git has feature.manyFiles (git-config(1)).
+// finds, with the configuration there: programs of the user's. Modes are those that dirs say. An index has
+// its hash, by which isDressed knows that it is whole, also where root's git has feature.manyFiles.
 const gitConfig = `[core]
 	repositoryformatversion = 1
 	bare = false
