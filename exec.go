@@ -111,9 +111,13 @@ func execute(ctx context.Context, p program) ([]byte, error) {
 type batch[T any] struct {
 	do   func(ctx context.Context, names []string) ([]T, error) // answers in the order of the names
 	busy sync.Mutex                                             // held by the run under way
+	many int                                                    // callers of the run before; guarded by busy
 	mu   sync.Mutex                                             // guards next, and what callers change in it
 	next *batchRun[T]                                           // gathers callers until it begins
 }
+
+// gathering is how long a run waits for more callers where the run before had several.
+const gathering = 50 * time.Millisecond
 
 // batchRun is one run of a batch.
 type batchRun[T any] struct {
@@ -163,10 +167,14 @@ func (b *batch[T]) run(ctx context.Context, r *batchRun[T]) {
 	defer close(r.done)
 	ctx, end := context.WithCancel(ctx)
 	defer end()
+	if b.many > 1 {
+		time.Sleep(gathering)
+	}
 
 	b.mu.Lock()
 	b.next, r.end = nil, end
 	isWanted := r.waiting > 0
+	b.many = len(r.names)
 	b.mu.Unlock()
 	if isWanted {
 		r.answers, r.err = b.do(ctx, r.names)

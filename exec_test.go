@@ -137,6 +137,30 @@ func TestBatch(t *testing.T) {
 	}
 }
 
+// TestBatchGathers: where several come at a time, those who come one after the other share a run, too.
+func TestBatchGathers(t *testing.T) {
+	var runs atomic.Int64
+	b := batch[string]{do: func(_ context.Context, names []string) ([]string, error) {
+		runs.Add(1)
+		return names, nil
+	}}
+	ask := func(int) {
+		if _, _, err := b.ask(t.Context(), "x"); err != nil {
+			t.Error(err)
+		}
+	}
+	together(t, &b, 2, ask)
+	var callers sync.WaitGroup
+	for range 20 {
+		callers.Go(func() { ask(0) })
+		time.Sleep(gathering / 50)
+	}
+	callers.Wait()
+	if n := runs.Load(); n > 11 { // half of 20 and the first one, however slow the machine is
+		t.Errorf("%d runs", n)
+	}
+}
+
 // TestBatchIsNeverOld: however callers come, what they get was found out after they came, by one run at a time.
 func TestBatchIsNeverOld(t *testing.T) {
 	var now, runs, under atomic.Int64

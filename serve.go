@@ -26,14 +26,8 @@ func (s *Service) serve(ctx context.Context, v version) error {
 	case err != nil:
 		return err
 	case !isTold:
-		leave := acting.enter(ctx)
-		if ctx.Err() != nil {
-			leave()
-			return ctx.Err()
-		}
-		s.within(actionLimit + localLimit)
-		verb, err := tell(s.stop.hard, s.service, s.action, s.hasUnits(), s.step)
-		leave()
+		s.within(time.Minute + actionLimit + localLimit)
+		verb, err := tell(ctx, s.stop.hard, s.service, s.action, s.hasUnits(), s.step)
 		if err != nil {
 			return err
 		}

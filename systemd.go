@@ -286,8 +286,10 @@ func daemonReload(ctx context.Context) error {
 // tell makes a unit take notice of changed files: daemon-reload if needed, enable for a template instance,
 // reset-failed, then action, or start if it is not up. reload says that something changed at or below a
 // directory of units. It returns the verb that systemd was given, none for a unit that waits to be triggered.
-func tell(ctx context.Context, name, action string, reload bool, step func(string)) (verb string, err error) {
-	u, err := loadUnit(ctx, name, reload)
+// ctx ends only the wait for its turn, hard also what was begun.
+func tell(ctx, hard context.Context, name, action string, reload bool, step func(string)) (
+	verb string, err error) {
+	u, err := loadUnit(hard, name, reload)
 	if err != nil {
 		return "", err
 	}
@@ -295,15 +297,15 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 		return "", errors.New(u.describe())
 	}
 	if isDisabled(name, &u) {
-		if _, err := systemctl(ctx, localLimit, "enable", "--", name); err != nil {
+		if _, err := systemctl(hard, localLimit, "enable", "--", name); err != nil {
 			return "", err
 		}
 	}
 	if u.says("ActiveState", "reloading") { // an action of ours was killed, and the next would wait behind it
-		_ = cancelJob(ctx, name)
+		_ = cancelJob(hard, name)
 	}
 	if u.says("ActiveState", "failed") || u.says("SubState", "auto-restart") {
-		if _, err := systemctl(ctx, localLimit, "reset-failed", "--", name); err != nil {
+		if _, err := systemctl(hard, localLimit, "reset-failed", "--", name); err != nil {
 			return "", err
 		}
 	}
@@ -316,7 +318,20 @@ func tell(ctx context.Context, name, action string, reload bool, step func(strin
 		return "", err
 	}
 	step(verb)
-	return verb, act(ctx, name, u.is["Id"], verb)
+	defer acting.enter(ctx)()
+	if ctx.Err() != nil {
+		return "", ctx.Err()
+	}
+	err = act(hard, name, u.is["Id"], verb)
+	if isFresh := time.Since(u.at) < time.Second; err == nil || isFresh {
+		return verb, err
+	}
+	// It may have been stopped, or come up, while it waited for its turn.
+	now, _ := showUnit(hard, name)
+	if other, _ := verbFor(&now, action); other != "" && other != verb {
+		return other, act(hard, name, now.is["Id"], other)
+	}
+	return verb, err
 }
 
 // loadUnit asks systemd for a unit, after a daemon-reload where systemd may not know its files of today.
@@ -363,7 +378,7 @@ func verbFor(u *unit, action string) (string, error) {
 }
 
 // acting is for units that are told at the same time: each systemctl that waits for a job hears of all jobs.
-var acting = crowd{room: make(chan struct{}, 8)}
+var acting = crowd{room: make(chan struct{}, 4)}
 
 // act gives systemd a verb for a unit and counts it. Where it fails, the unit's last words are in the error.
 func act(ctx context.Context, name, id, verb string) error {

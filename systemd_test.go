@@ -431,7 +431,7 @@ func TestUnitsShareReload(t *testing.T) {
 func TestUnitTemplateIsEnabledAndFailedIsReset(t *testing.T) {
 	f := newFakeSystemd(t)
 	f.set("svc@1.service", "failed")
-	verb, err := tell(context.Background(), "svc@1.service", "restart", false, func(string) {})
+	verb, err := tell(t.Context(), t.Context(), "svc@1.service", "restart", false, func(string) {})
 	if err != nil || verb != "start" {
 		t.Errorf("%q, %v", verb, err)
 	}
@@ -462,7 +462,7 @@ func TestUnitDaemonReload(t *testing.T) {
 			if tc.after != "" {
 				f.set("reloaded-svc.service", tc.after)
 			}
-			_, err := tell(context.Background(), "svc.service", "reload", tc.reload, func(string) {})
+			_, err := tell(t.Context(), t.Context(), "svc.service", "reload", tc.reload, func(string) {})
 			if !errorSays(err, tc.err) {
 				t.Errorf("%v, want %q", err, tc.err)
 			}
@@ -495,7 +495,7 @@ func TestUnitActionFails(t *testing.T) {
 	f.set("fail-reload", "")
 	f.set("svc.service", "active\nJob=12 /org/freedesktop/systemd1/job/12")
 	f.set("journal", "unknown directive secret\nin line 3\n")
-	_, err := tell(context.Background(), "svc.service", "reload", false, func(string) {})
+	_, err := tell(t.Context(), t.Context(), "svc.service", "reload", false, func(string) {})
 	if err == nil {
 		t.Fatal("no error")
 	}
@@ -508,6 +508,47 @@ func TestUnitActionFails(t *testing.T) {
 	}
 	if got, want := f.read("calls"), "reload svc.service, cancel 12"; got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// TestUnitWaitsForItsTurn: where many units are told at the same time, one that an administrator stopped meanwhile
+// is started; who waits can be ended, and then nothing is done.
+func TestUnitWaitsForItsTurn(t *testing.T) {
+	f := newFakeSystemd(t)
+	var leave []func()
+	for range cap(acting.room) {
+		leave = append(leave, acting.enter(t.Context()))
+	}
+	done := make(chan error)
+	var verb string
+	ctx, cancel := context.WithCancel(t.Context())
+	start := func() {
+		go func() {
+			var err error
+			verb, err = tell(ctx, t.Context(), "svc.service", "reload", false, func(string) {})
+			done <- err
+		}()
+	}
+
+	start()
+	f.wait("asked", 1)
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) || f.read("calls") != "" {
+		t.Errorf("%v, %q", err, f.read("calls"))
+	}
+
+	ctx = t.Context()
+	start()
+	f.wait("asked", 2)
+	time.Sleep(500 * time.Millisecond)
+	f.set("svc.service", "inactive")
+	f.set("fail-reload", "")
+	for _, l := range leave { // after more than a second, as enter has it
+		time.AfterFunc(700*time.Millisecond, l)
+	}
+	err := <-done
+	if calls := f.read("calls"); err != nil || verb != "start" || calls != "reload svc.service, start svc.service" {
+		t.Errorf("told by %q, %v, %q", verb, err, calls)
 	}
 }
 
@@ -562,7 +603,7 @@ func TestUnitSettles(t *testing.T) {
 	f := newFakeSystemd(t)
 	f.set(name, "failed\nTriggeredBy=svc.timer")
 	f.set("svc.timer", "active")
-	verb, err := tell(ctx, name, "restart", false, func(string) {})
+	verb, err := tell(ctx, ctx, name, "restart", false, func(string) {})
 	if calls := f.read("calls"); err != nil || verb != "" || calls != "reset-failed svc.service" {
 		t.Errorf("told by %q, %v, %q", verb, err, calls)
 	}
