@@ -307,6 +307,18 @@ func orDamaged(err error) error {
 	return err
 }
 
+// crashed says that git was ended by what it read: it maps packs, and one that was cut off is a SIGBUS or
+// worse.
+func crashed(err error) bool {
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok {
+		return false
+	}
+	status, _ := exit.Sys().(syscall.WaitStatus)
+	crashes := []syscall.Signal{syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGABRT}
+	return slices.Contains(crashes, status.Signal())
+}
+
 var (
 	// errRefused says that a server that can filter does not hand out single objects.
 	errRefused = errors.New("upstream refuses single objects")

@@ -17,7 +17,6 @@ import (
 	"os/user"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -219,18 +218,6 @@ func exitCode(err error) int {
 		return exit.ExitCode()
 	}
 	return -1
-}
-
-// crashed says that git was ended by what it read: it maps packs, and one that was cut off is a SIGBUS or
-// worse.
-func crashed(err error) bool {
-	exit, ok := errors.AsType[*exec.ExitError](err)
-	if !ok {
-		return false
-	}
-	status, _ := exit.Sys().(syscall.WaitStatus)
-	crashes := []syscall.Signal{syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGABRT}
-	return slices.Contains(crashes, status.Signal())
 }
 
 // bound sets the limits of a program that was just started. See prlimit(2) and proc_pid_oom_score_adj(5).

@@ -127,6 +127,17 @@ func gitVersion(ctx context.Context) (int, error) {
 	return version, nil
 }
 
+// askGit asks git for its version, once for all upstreams, and logs what is wrong with it.
+func askGit(ctx context.Context, upstreams []*upstream) {
+	version, err := gitVersion(ctx)
+	if err != nil {
+		slog.Error(err.Error())
+	}
+	for _, u := range upstreams {
+		u.git.Store(int32(version))
+	}
+}
+
 // look is the outcome of a look at one branch of an upstream, and of the fetch that followed it.
 type look struct {
 	ref    string    // see tipRef
@@ -289,20 +300,24 @@ func (u *upstream) round(ctx context.Context) (remote map[string]string, err err
 	if err := u.tidy(ctx); err != nil {
 		return nil, err
 	}
+	var filters *bool
+	if isFirst := !lexists(u.dir); isFirst {
+		filters = new(bool)
+	}
 	c, err := u.ready(ctx)
 	if err == nil {
-		remote, err = u.lsRemote(ctx)
+		remote, err = u.lsRemote(ctx, filters)
 	}
 	if err != nil || len(remote) == 0 { // each branch is told to be missing
 		return nil, err
 	}
 
 	if why := cmp.Or(c.sound(digitsOf(remote)), c.damage()); why != nil {
-		return remote, u.heal(ctx, remote, why)
+		return remote, u.heal(ctx, remote, filters, why)
 	}
 	err = u.advance(ctx, c, remote)
 	if errors.As(err, &damaged{}) {
-		err = u.heal(ctx, remote, err)
+		err = u.heal(ctx, remote, filters, err)
 	}
 	return remote, err
 }
@@ -336,17 +351,20 @@ func (u *upstream) advance(ctx context.Context, c *clone, remote map[string]stri
 }
 
 // heal makes the clone anew, but not again within the hour. Commits that ran are lost where upstream has them
-// no more.
-func (u *upstream) heal(ctx context.Context, remote map[string]string, why error) error {
+// no more. filters says whether upstream does, see lsRemote; nil: it was not asked.
+func (u *upstream) heal(ctx context.Context, remote map[string]string, filters *bool, why error) (err error) {
 	isFirst, isRefused := !lexists(u.dir), errors.Is(why, errRefused)
 	if t, lately := u.tried["heal"]; lately && !isRefused {
 		at := t.at.Format("15:04")
 		return fmt.Errorf("clone is damaged, and was made anew at %s (do pull tries now): %w", at, why)
 	}
 
-	filtered, err := u.canFilter(ctx)
+	if filters == nil {
+		filters = new(bool)
+		_, err = u.lsRemote(ctx, filters)
+	}
 	if err == nil {
-		err = u.cloneAnew(ctx, remote, filtered && !isRefused)
+		err = u.cloneAnew(ctx, remote, *filters && !isRefused)
 	}
 	isDamaged := errors.As(err, &damaged{}) // upstream itself may be
 	hasHealed := err == nil && !isFirst
@@ -512,13 +530,30 @@ func configParameters(upstream string) string {
 }
 
 // lsRemote asks upstream once for the commits of all tracked branches. A branch that isn't there is not in
-// the result.
-func (u *upstream) lsRemote(ctx context.Context) (map[string]string, error) {
+// the result. Where filters is not nil it is told whether upstream leaves out contents at a fetch, and hands
+// out single objects later, from what it says of itself: fetch=shallow filter (protocol 2), or a list behind
+// the first ref (protocol 0). A web server that knows nothing of git says nothing.
+func (u *upstream) lsRemote(ctx context.Context, filters *bool) (map[string]string, error) {
 	args := []string{"ls-remote", "-q", "origin"}
 	for _, branch := range slices.Sorted(maps.Keys(u.looks)) {
 		args = append(args, "refs/heads/"+branch)
 	}
-	out, err := u.runNetworkGit(ctx, u.networkGit("", args...), "ls-remote", lookLimit, maxObject)
+	cmd := u.networkGit("", args...)
+	if filters != nil {
+		f, err := os.CreateTemp("", "gitopper")
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		defer os.Remove(f.Name())
+		cmd.Env = append(cmd.Env, "GIT_TRACE_PACKET=3")
+		cmd.ExtraFiles = []*os.File{f}
+		defer func() {
+			start, _ := io.ReadAll(io.NewSectionReader(f, 0, 64<<10))
+			*filters = offers.Match(start)
+		}()
+	}
+	out, err := u.runNetworkGit(ctx, cmd, "ls-remote", lookLimit, maxObject)
 	if err != nil {
 		return nil, err
 	}
@@ -532,24 +567,6 @@ func (u *upstream) lsRemote(ctx context.Context) (map[string]string, error) {
 		}
 	}
 	return tips, nil
-}
-
-// canFilter finds out whether upstream leaves out contents at a fetch, and hands out single objects later,
-// from what it says of itself: fetch=shallow filter (protocol 2), or a list behind the first ref (protocol
-// 0). A web server that knows nothing of git says nothing.
-func (u *upstream) canFilter(ctx context.Context) (bool, error) {
-	f, err := os.CreateTemp("", "gitopper")
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	defer os.Remove(f.Name())
-	cmd := u.networkGit("", "ls-remote", "-q", "origin", "refs/heads/none")
-	cmd.Env = append(cmd.Env, "GIT_TRACE_PACKET=3")
-	cmd.ExtraFiles = []*os.File{f}
-	_, err = u.runNetworkGit(ctx, cmd, "ls-remote", lookLimit, maxObject)
-	start, _ := io.ReadAll(io.NewSectionReader(f, 0, 64<<10))
-	return offers.Match(start), err
 }
 
 var offers = regexp.MustCompile(`< fetch=(.* )?filter\s` +

@@ -1055,7 +1055,7 @@ func TestGitEnvironment(t *testing.T) {
 	}
 	u.track("main", nil, func() {})
 	u.acct.Store(&account{uid: os.Getuid()})
-	if _, err := u.lsRemote(t.Context()); err == nil || !strings.Contains(err.Error(), "transport 'ext' not allowed") {
+	if _, err := u.lsRemote(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "transport 'ext' not allowed") {
 		t.Errorf("ext: %v", err)
 	}
 	if _, err := gitVersion(t.Context()); err != nil {

@@ -204,19 +204,19 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 		{name: "taken ports",
 			make: func() { l.run("systemctl", "stop", "gitopper"); take(l.sshPort, l.metricPort) },
 			mend: giveBack, log: "address already in use",
-			status:   "1 services; not all can be had yet, see the log",
+			status:   "1 service; not all can be had yet, see the log",
 			configOK: 1, state: "OK", noInterfaces: true},
 		{name: "upstream away", make: u.stop, mend: u.start, log: "OK -> DIFF git ls-remote",
-			status: "1 services, 1 in trouble: late", configOK: 1, state: "DIFF", info: "git ls-remote"},
+			status: "1 service, 1 in trouble: late", configOK: 1, state: "DIFF", info: "git ls-remote"},
 		{name: "a network that swallows all", make: func() { u.stop(); take(u.port) },
 			mend: func() { giveBack(); u.start() },
-			log:  "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
+			log:  "mounted app on /srv/app", status: "1 service", configOK: 1, state: "OK"},
 		{name: "damaged clone, upstream away", make: func() { damage(); u.stop() }, mend: u.start,
-			log: "OK -> DIFF git ls-remote", status: "1 services, 1 in trouble: late",
+			log: "OK -> DIFF git ls-remote", status: "1 service, 1 in trouble: late",
 			configOK: 1, state: "DIFF"},
 		{name: "damaged clone", make: damage,
 			mend: func() { hash = u.commit(map[string]string{"app/file": "new\n"}) },
-			log:  "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK"},
+			log:  "mounted app on /srv/app", status: "1 service", configOK: 1, state: "OK"},
 		{name: "first look fails, as rarely as we look",
 			make: func() {
 				l.run("systemctl", "stop", "gitopper")
@@ -232,7 +232,7 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 					return nil
 				})
 			},
-			log: "mounted app on /srv/app", status: "1 services", configOK: 1, state: "OK",
+			log: "mounted app on /srv/app", status: "1 service", configOK: 1, state: "OK",
 		},
 	}
 	for _, trouble := range troubles {
@@ -247,7 +247,7 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 			}
 			l.waitCommit("late", hash)
 			labWait(t, time.Minute, "the status line says that all is well", func() error {
-				if got := l.show("gitopper", "StatusText"); got != "1 services" {
+				if got := l.show("gitopper", "StatusText"); got != "1 service" {
 					return errors.New(got)
 				}
 				return nil

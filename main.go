@@ -209,7 +209,7 @@ func (a *agent) work(stdout io.Writer) error {
 		slog.Warn(w)
 	}
 	version, _ := ctl.Version()
-	slog.Info(fmt.Sprintf("gitopper %s manages %d services of %s", version, len(services), a.config),
+	slog.Info(fmt.Sprintf("gitopper %s manages %s of %s", version, number(len(services), "service"), a.config),
 		"interval", a.interval, "ssh", a.ssh, "metric", a.metric)
 	notify(a.socket, "READY=1\nSTATUS="+a.summary())
 	a.tasks.Go(func() {
@@ -217,9 +217,7 @@ func (a *agent) work(stdout io.Writer) error {
 			slog.Warn(err.Error())
 		}
 	})
-	if _, err := gitVersion(a.stop.soft); err != nil {
-		slog.Error(err.Error())
-	}
+	askGit(a.stop.soft, upstreams)
 	if a.mode == onceMode {
 		return a.onePass(services, upstreams, stdout)
 	}
@@ -359,7 +357,7 @@ func (a *agent) summary() string {
 			bad = append(bad, st.Service)
 		}
 	}
-	text := fmt.Sprintf("%d services", len(services))
+	text := number(len(services), "service")
 	if len(services) == 0 {
 		text = "no entry for this machine"
 	}

@@ -432,6 +432,14 @@ func age(now, t time.Time) string {
 	return fmt.Sprintf("%d days ago", hours/24)
 }
 
+// number is so many of what one of is called.
+func number(n int, one string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %ss", n, one)
+}
+
 // closeOldest keeps a server at limit connections, so that they can't take git's descriptors: a further one
 // takes the place of the oldest, so that they can't keep others out.
 func closeOldest(limit int) func(net.Conn, http.ConnState) {

@@ -25,6 +25,10 @@ type candidate struct {
 // reconcile is one pass between what is wanted (the config, and upstream's commit or the pin) and what is
 // there. It may be ended by ctx or killed at any point: the next one goes on from what it finds.
 func (s *Service) reconcile(ctx context.Context) (out outcome) {
+	select {
+	case <-s.poke: // for this pass does what it was for
+	default:
+	}
 	if s.saved == nil { // where nothing can be remembered, nothing is changed
 		if out.err = s.save(); out.err != nil {
 			return out

@@ -185,19 +185,21 @@ func (f *files) fillGit(top place, name, commit, objects string, index []byte) e
 	if err := os.MkdirAll(git+"/refs", 0o700); err != nil {
 		return err
 	}
-	files := f.gitFiles(commit, objects)
+	isRight := func(g gitFile) bool { return g.isIn(git) }
+	wrong := slices.DeleteFunc(f.gitFiles(commit, objects), isRight)
 	// Else people's git may have noted something in the index.
-	isOther := slices.ContainsFunc(files, func(g gitFile) bool { return g.name != "config" && !g.isIn(git) })
+	isOther := slices.ContainsFunc(wrong, func(g gitFile) bool { return g.name != "config" })
+	if isOther || !hasIndex(git, commit) {
+		wrong = slices.Insert(wrong, 0, gitFile{"HEAD", unbornHead}, gitFile{"index", string(index)})
+		if last := wrong[len(wrong)-1]; last.name != "HEAD" {
+			wrong = append(wrong, gitFile{"HEAD", commit + "\n"})
+		}
+	}
+
 	if err := f.setLock(git); err != nil {
 		return err
 	}
-	if isOther || !hasIndex(git, commit) {
-		files = slices.Insert(files, 0, gitFile{"HEAD", unbornHead}, gitFile{"index", string(index)})
-	}
-	for _, file := range files {
-		if file.isIn(git) {
-			continue
-		}
+	for _, file := range wrong {
 		if err := writeGit(git+"/"+file.name, file.text); err != nil {
 			return err
 		}

@@ -458,7 +458,7 @@ func (f *keyFile) refresh() {
 	case err != nil:
 		slog.Error(said + err.Error() + "; until it is right the keys it had stay valid")
 	default:
-		slog.Info(said + fmt.Sprintf("read anew, %d keys", len(known)))
+		slog.Info(said + "read anew, " + number(len(known), "key"))
 	}
 }
 

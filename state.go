@@ -421,7 +421,8 @@ func (s *Service) publishStatus() {
 	if known && (st.String() != was.State || was.Since.IsZero()) {
 		s.rec.Row.Since = now
 		text := fmt.Sprintf("%s -> %s %s", cmp.Or(was.State, "new"), st, info)
-		s.event(levelOf(st), text, "commit", fmt.Sprintf("%.8s", runs.Commit))
+		commit := fmt.Sprintf("%.8s", cmp.Or(runs.Commit, "none"))
+		s.event(levelOf(st), strings.TrimSpace(text), "commit", commit)
 	} else if known && info != was.Info && info != "" {
 		s.event(slog.LevelWarn, fmt.Sprintf("%s %s", st, info))
 	}
