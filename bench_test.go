@@ -236,7 +236,12 @@ func (w *world) whenShown(name, text string) <-chan time.Time {
 // BenchmarkPage is the page and BenchmarkMetrics the metrics of a host with a thousand services, all of which
 // have much to say.
 func BenchmarkPage(b *testing.B) {
-	benchmarkHTTP(b, func(m monitor) string { return m.page(time.Now()) })
+	benchmarkHTTP(b, func(m monitor) string {
+		var text strings.Builder
+		text.Grow(2 << 20)
+		m.writePage(&text, time.Now())
+		return text.String()
+	})
 }
 
 func BenchmarkMetrics(b *testing.B) {

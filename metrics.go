@@ -284,7 +284,7 @@ func (m monitor) serve(ctx context.Context, l net.Listener) {
 	})
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		_, _ = io.WriteString(w, m.page(time.Now()))
+		m.writePage(w, time.Now())
 	})
 
 	server := &http.Server{
@@ -329,81 +329,116 @@ var (
 //go:embed testdata/page.html
 var pageText string
 
-// What the page shows of a service, and of an event; in the order of columns.
-const (
-	serviceRow = `<tr role="row">
+// What the page shows of a service, and of an event, in the order of columns: what stands around the cells.
+var (
+	serviceRow = strings.Split(`<tr role="row">
 <th role="rowheader" scope="row" class="name">%s</th>
-<td role="cell"><span class="state %[2]s">%[2]s</span></td>
-<td role="cell"><code>%[3]s</code></td>
-<td role="cell" data-name="pending">%[4]s</td>
-<td role="cell" data-name="since"><time>%[5]s</time></td>
-<td role="cell" data-name="looked">%[6]s</td>
-<td role="cell" class="words">%[7]s</td>
+<td role="cell"><span class="state %s">%s</span></td>
+<td role="cell"><code>%s</code></td>
+<td role="cell" data-name="pending">%s</td>
+<td role="cell" data-name="since"><time>%s</time></td>
+<td role="cell" data-name="looked">%s</td>
+<td role="cell" class="words">%s</td>
 </tr>
-`
-	eventRow = `<tr role="row">
+`, "%s")
+	eventRow = strings.Split(`<tr role="row">
 <td role="cell"><time>%s</time></td>
 <th role="rowheader" scope="row" class="name">%s</th>
 <td role="cell" class="words">%s</td>
 </tr>
-`
-	emptyRow = `<tr role="row">
+`, "%s")
+	emptyRow = strings.Split(`<tr role="row">
 <td role="cell" class="words">%s</td>
 </tr>
-`
-	configWrong = `<strong>a newer config or key file is wrong,
-see the log; the one that was last right is used</strong>`
+`, "%s")
 )
 
-// addRow adds a row to a table's text. The cells are words, whoever wrote them: none of them is read as HTML.
-func addRow(table *strings.Builder, row string, cells ...string) {
-	words := make([]any, len(cells))
-	for i, c := range cells {
-		words[i] = html.EscapeString(c)
+const configWrong = `<strong>a newer config or key file is wrong,
+see the log; the one that was last right is used</strong>`
+
+// pageWriter writes the page, piece by piece.
+type pageWriter struct{ *bufio.Writer }
+
+// words writes words, whoever wrote them: none of them is read as HTML.
+func (w pageWriter) words(s string) { _, _ = w.WriteString(html.EscapeString(s)) }
+
+// row writes a row of a table, whose cells are words.
+func (w pageWriter) row(around []string, cells ...string) {
+	for i, part := range around {
+		if i > 0 {
+			w.words(cells[i-1])
+		}
+		_, _ = w.WriteString(part)
 	}
-	fmt.Fprintf(table, row, words...)
 }
 
-// page is the page for people: what is in trouble comes first. It tells no more of a service than a key that
-// may only look would be told.
-func (m monitor) page(now time.Time) string {
-	var all []*Status
-	for _, s := range m.services() {
-		all = append(all, s.Status())
-	}
-	slices.SortStableFunc(all, func(a, b *Status) int { return cmp.Compare(b.state, a.state) })
-
-	var services, events strings.Builder
-	services.Grow(1024 * len(all))
-	for _, st := range all {
-		pending := ""
-		if st.Pending > 0 {
-			pending = fmt.Sprintf("+%d", st.Pending)
-		}
-		addRow(&services, serviceRow, st.Service, st.State, fmt.Sprintf("%.8s", st.Commit), pending,
-			pageTime(st.Change), age(now, st.LastLook), st.Public)
-	}
-	if len(all) == 0 {
-		addRow(&services, emptyRow, "none for this host, or none yet")
-	}
-	last := count.lastEvents()
-	for _, e := range last {
-		addRow(&events, eventRow, e.At, e.Service, e.Text)
-	}
-	if len(last) == 0 {
-		addRow(&events, emptyRow, "none since gitopper was started")
-	}
-
+// writePage writes the page for people: what is in trouble comes first. It tells no more of a service than a
+// key that may only look would be told.
+func (m monitor) writePage(to io.Writer, now time.Time) {
+	w := pageWriter{bufio.NewWriterSize(to, 32<<10)}
+	defer w.Flush()
 	version, _ := ctl.Version()
 	config := configWrong
 	if m.configOK() {
 		config = "right"
 	}
-	fill := strings.NewReplacer("{{host}}", html.EscapeString(m.host),
-		"{{summary}}", html.EscapeString(m.summary()), "{{config}}", config,
-		"{{version}}", html.EscapeString(version), "{{now}}", pageTime(now),
-		"{{services}}\n", services.String(), "{{events}}\n", events.String())
-	return fill.Replace(pageText)
+	summary := m.summary()
+
+	text, rest, more := strings.Cut(pageText, "{{")
+	_, _ = w.WriteString(text)
+	for more {
+		var name string
+		name, rest, _ = strings.Cut(rest, "}}")
+		switch name {
+		case "host":
+			w.words(m.host)
+		case "summary":
+			w.words(summary)
+		case "config":
+			_, _ = w.WriteString(config)
+		case "version":
+			w.words(version)
+		case "now":
+			w.words(pageTime(now))
+		case "services":
+			m.writeServices(w, now)
+		case "events":
+			writeEvents(w)
+		}
+		text, rest, more = strings.Cut(rest, "{{")
+		_, _ = w.WriteString(text)
+	}
+}
+
+// writeServices writes the rows of the table of services.
+func (m monitor) writeServices(w pageWriter, now time.Time) {
+	var all []*Status
+	for _, s := range m.services() {
+		all = append(all, s.Status())
+	}
+	slices.SortStableFunc(all, func(a, b *Status) int { return cmp.Compare(b.state, a.state) })
+	for _, st := range all {
+		pending := ""
+		if st.Pending > 0 {
+			pending = "+" + strconv.Itoa(st.Pending)
+		}
+		w.row(serviceRow, st.Service, st.State, st.State, fmt.Sprintf("%.8s", st.Commit), pending,
+			pageTime(st.Change), age(now, st.LastLook), st.Public)
+	}
+	if len(all) == 0 {
+		w.row(emptyRow, "none for this host, or none yet")
+	}
+}
+
+// writeEvents writes the rows of the table of events.
+func writeEvents(w pageWriter) {
+	last := count.lastEvents()
+	for _, e := range last {
+		w.row(eventRow, e.At, e.Service, e.Text)
+	}
+	if len(last) == 0 {
+		w.row(emptyRow, "none since gitopper was started")
+	}
 }
 
 // pageTime is a time as people and HTML's <time> read it; nothing for the zero time.

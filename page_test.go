@@ -38,7 +38,9 @@ func testMonitor(services []*Service) monitor {
 // testPage is the page of services.
 func testPage(t *testing.T, services ...*Service) string {
 	t.Helper()
-	return testMonitor(services).page(time.Now())
+	var page strings.Builder
+	testMonitor(services).writePage(&page, time.Now())
+	return page.String()
 }
 
 func TestPage(t *testing.T) {
