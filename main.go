@@ -217,7 +217,7 @@ func (a *agent) work(stdout io.Writer) error {
 			slog.Warn(err.Error())
 		}
 	})
-	askGit(a.stop.soft, upstreams)
+	a.tasks.Go(func() { askGit(a.stop.soft, upstreams) })
 	if a.mode == onceMode {
 		return a.onePass(services, upstreams, stdout)
 	}

@@ -322,14 +322,15 @@ func tell(ctx, hard context.Context, name, action string, reload bool, step func
 	if ctx.Err() != nil {
 		return "", ctx.Err()
 	}
+	hasWaited := time.Since(u.at) > time.Second
 	err = act(hard, name, u.is["Id"], verb)
-	if isFresh := time.Since(u.at) < time.Second; err == nil || isFresh {
+	if err == nil || !hasWaited {
 		return verb, err
 	}
-	// It may have been stopped, or come up, while it waited for its turn.
 	now, _ := showUnit(hard, name)
-	if other, _ := verbFor(&now, action); other != "" && other != verb {
-		return other, act(hard, name, now.is["Id"], other)
+	wasStopped := u.running() && now.stopped() // by somebody, while it waited for its turn
+	if other, _ := verbFor(&now, action); wasStopped && other != "" {
+		return other, act(hard, name, u.is["Id"], other)
 	}
 	return verb, err
 }

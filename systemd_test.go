@@ -541,7 +541,7 @@ func TestUnitWaitsForItsTurn(t *testing.T) {
 	start()
 	f.wait("asked", 2)
 	time.Sleep(500 * time.Millisecond)
-	f.set("svc.service", "inactive")
+	f.set("svc.service", "inactive\nResult=success")
 	f.set("fail-reload", "")
 	for _, l := range leave { // after more than a second, as enter has it
 		time.AfterFunc(700*time.Millisecond, l)
