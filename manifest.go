@@ -78,7 +78,7 @@ func (m *manifest) end(want tree) *manifest {
 	for p, b := range want {
 		was := m.known[p]
 		if isSame := len(was) == 1 && was[0].blob == b; isSame {
-			known[p] = was
+			known[p] = slices.Clone(was) // finish notes in it what it looks at
 			continue
 		}
 		n := noted{stamp: stamp{size: -1}}
