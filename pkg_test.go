@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,65 +12,11 @@ import (
 	"time"
 )
 
-// fakePackages is every package manager: it logs its command line (a query as "asked"), installs what is
-// asked for, and fails on demand. The package broken has a script that fails.
-func fakePackages(dir, program string, args []string) int {
-	name := args[len(args)-1]
-	installed := filepath.Join(dir, name+".installed")
-	_, missing := os.Stat(installed)
-	line := program + " " + strings.Join(args, " ")
-	log, _ := os.OpenFile(filepath.Join(dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	defer log.Close()
-
-	query := program + " " + args[0]
-	switch {
-	case program == "dpkg-query", program == "rpm", query == "pacman -Q", query == "apk info":
-		fmt.Fprintln(log, "asked")
-		if missing != nil {
-			fmt.Fprintln(os.Stderr, "no such package")
-			return 1
-		}
-		fmt.Print("installed")
-		return 0
-	}
-	fmt.Fprintln(log, line)
-	if strings.Contains(line, "update") {
-		os.WriteFile(filepath.Join(dir, "updated"), nil, 0o644)
-		return 0
-	}
-
-	_, noLists := os.Stat(filepath.Join(dir, "updated"))
-	switch {
-	case name == "nonesuch", name == "needs-lists" && noLists != nil:
-		fmt.Fprintln(os.Stderr, "E: Unable to locate package", name)
-		return 100
-	case name == "broken":
-		fmt.Println("Setting up broken (1.0) ...\nno room for the index")
-		fmt.Fprintln(os.Stderr, "dpkg: error processing package broken (--configure):")
-		fmt.Println("Errors were encountered while processing:\n broken")
-		fmt.Fprintln(os.Stderr, "E: Sub-process /usr/bin/dpkg returned an error code (1)")
-		return 100
-	}
-	os.WriteFile(installed, nil, 0o644)
-	if name == "beside-broken" {
-		return 100
-	}
-	return 0
-}
-
 // newFakePackages puts every package manager on the path, and returns the directory in which they work.
 func newFakePackages(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range []string{"dpkg-query", "apt-get", "rpm", "dnf", "zypper", "pacman", "apk"} {
-		if err := os.Symlink(exe, filepath.Join(dir, p)); err != nil {
-			t.Fatal(err)
-		}
-	}
+	linkFakes(t, dir, "dpkg-query", "apt-get", "rpm", "dnf", "zypper", "pacman", "apk")
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 	t.Setenv("FAKE_PACKAGES", dir)
 	return dir

@@ -9,139 +9,13 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 )
 
-// fakeSystemctl is a systemd with units that run from the start. Calls that change something are logged in
-// dir/calls, each call in dir/asked. The file dir/UNIT holds a unit's ActiveState, and other properties in
-// lines below. A file dir/fail-VERB makes a verb fail, and show if one of the units is called as it says; a unit whose dir/reads file says "bad" falls over when
-// it is started, and its reload fails. daemon-reload makes dir/reloaded-UNIT the file of the unit.
-func fakeSystemctl(dir string, args []string) int {
-	var words []string
-	for _, a := range args {
-		if !strings.HasPrefix(a, "-") {
-			words = append(words, a)
-		}
-	}
-	defer fakeLog(dir, "asked", words[0])
-	switch words[0] {
-	case "show":
-		if bad, err := os.ReadFile(filepath.Join(dir, "fail-show")); err == nil && slices.Contains(words, string(bad)) {
-			fmt.Fprintf(os.Stderr, "Failed to get properties of %s\n", bad)
-			return 1
-		}
-		for _, name := range words[2:] {
-			fmt.Println(fakeUnit(dir, name))
-		}
-		return 0
-	case "list-units":
-		fakeList(dir, words[1:])
-		return 0
-	}
-	fakeLog(dir, "calls", strings.Join(words, " "))
-	return fakeAction(dir, words[0], words[len(words)-1])
-}
-
-func fakeLog(dir, name, line string) {
-	f, err := os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(9)
-	}
-	defer f.Close()
-	fmt.Fprintln(f, line)
-}
-
-// fakeUnit is what systemctl show prints of a unit.
-func fakeUnit(dir, name string) string {
-	state := []byte("active")
-	if name == "shutdown.target" {
-		state = []byte("inactive")
-	}
-	for _, n := range []string{name, name + ".service", strings.TrimSuffix(name, ".service")} {
-		if s, err := os.ReadFile(filepath.Join(dir, n)); err == nil {
-			state = s
-			break
-		}
-	}
-	if path.Ext(name) == "" {
-		name += ".service"
-	}
-	if strings.Contains(name, "@") {
-		state = append(state, "\nUnitFileState=disabled"...)
-	}
-	return fmt.Sprintf("Id=%s\nLoadState=loaded\nSubState=x\nResult=success\nType=simple\n"+
-		"NeedDaemonReload=no\nCanReload=yes\nNRestarts=0\nMainPID=0\nActiveState=%s\n", name, state)
-}
-
-// fakeList is systemctl list-units --state=active: it knows units by their Id alone.
-func fakeList(dir string, patterns []string) {
-	var names []string
-	for _, p := range patterns {
-		if !strings.Contains(p, "*") {
-			names = append(names, p)
-		}
-		files, _ := filepath.Glob(filepath.Join(dir, p))
-		for _, f := range files {
-			names = append(names, filepath.Base(f))
-		}
-	}
-	slices.Sort(names)
-	for _, name := range slices.Compact(names) {
-		u := parseUnit(fakeUnit(dir, name))
-		if u.is["Id"] == name && u.is["LoadState"] == "loaded" && u.is["ActiveState"] == "active" {
-			fmt.Printf("%-20s loaded active %s a unit of the test's\n", name, u.is["SubState"])
-		}
-	}
-}
-
-func fakeAction(dir, verb, unit string) int {
-	if verb == "daemon-reload" {
-		files, _ := filepath.Glob(filepath.Join(dir, "reloaded-*"))
-		for _, f := range files {
-			os.Rename(f, filepath.Join(dir, strings.TrimPrefix(filepath.Base(f), "reloaded-")))
-		}
-	}
-	if _, err := os.Stat(filepath.Join(dir, "fail-"+verb)); err == nil {
-		fmt.Fprintln(os.Stderr, "Job for", unit, "failed.")
-		return 1
-	}
-	bad := false
-	if reads, err := os.ReadFile(filepath.Join(dir, "reads")); err == nil {
-		data, _ := os.ReadFile(string(reads))
-		bad = strings.Contains(string(data), "bad")
-	}
-
-	switch verb {
-	case "start", "restart", "reload":
-		state := "active"
-		if bad && verb != "reload" {
-			state = "failed"
-		}
-		os.WriteFile(filepath.Join(dir, unit), []byte(state), 0o644)
-		if bad {
-			fmt.Fprintln(os.Stderr, "Job for", unit, "failed because of bad.")
-			return 1
-		}
-	case "stop":
-		os.WriteFile(filepath.Join(dir, unit), []byte("inactive"), 0o644)
-	}
-	return 0
-}
-
-// fakeJournalctl prints dir/journal.
-func fakeJournalctl(dir string) int {
-	words, _ := os.ReadFile(filepath.Join(dir, "journal"))
-	os.Stdout.Write(words)
-	return 0
-}
-
-// fakeSystemd is a directory in which fakeSystemctl works.
+// fakeSystemd is the directory in which the fake systemctl works (testdata/fake).
 type fakeSystemd struct {
 	t   *testing.T
 	dir string
@@ -151,15 +25,7 @@ func newFakeSystemd(t *testing.T) *fakeSystemd {
 	t.Helper()
 	f := &fakeSystemd{t, t.TempDir()}
 	bin := t.TempDir()
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range []string{"systemctl", "journalctl"} {
-		if err := os.Symlink(exe, filepath.Join(bin, p)); err != nil {
-			t.Fatal(err)
-		}
-	}
+	linkFakes(t, bin, "systemctl", "journalctl")
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
 	t.Setenv("FAKE", f.dir)
 	return f

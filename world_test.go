@@ -79,15 +79,7 @@ func (w *world) installFakes() {
 			w.t.Fatal(err)
 		}
 	}
-	exe, err := os.Executable()
-	for _, p := range []string{"systemctl", "journalctl"} {
-		if err == nil {
-			err = os.Symlink(exe, w.dir+"/bin/"+p)
-		}
-	}
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	linkFakes(w.t, w.dir+"/bin", "systemctl", "journalctl")
 	w.t.Setenv("PATH", w.dir+"/bin:"+os.Getenv("PATH"))
 	w.t.Setenv("FAKE", w.fake)
 	w.t.Setenv("GIT_CONFIG_GLOBAL", "/dev/null")
