@@ -221,7 +221,7 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 		{name: "first look fails, as rarely as we look",
 			make: func() {
 				l.run("systemctl", "stop", "gitopper")
-				l.run("sed", "-i", "s/-t 500ms/-t 5m/", "/etc/systemd/system/gitopper.service.d/lab.conf")
+				l.run("sed", "-i", "s/-t 2s/-t 5m/", "/etc/systemd/system/gitopper.service.d/lab.conf")
 				u.failing.Store(1)
 				looks = u.looks.Load()
 			},

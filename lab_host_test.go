@@ -385,7 +385,7 @@ func (l *labHost) start(options ...string) {
 	l.t.Helper()
 	l.write("/etc/systemd/system/gitopper.service", l.run("/usr/local/bin/gitopper", "--unit")+"\n")
 	if !slices.Contains(options, "-t") {
-		options = append(options, "-t", "500ms")
+		options = append(options, "-t", "2s")
 	}
 	l.write("/etc/systemd/system/gitopper.service.d/lab.conf", fmt.Sprintf(`[Unit]
 StartLimitIntervalSec=0
@@ -556,11 +556,13 @@ func (l *labHost) waitRounds(u *labUpstream, n int64) {
 	})
 }
 
-// labWait polls until the condition holds, which says what is missing.
+// labWait polls until the condition holds, which says what is missing. To ask may mean to run programs on a host:
+// most of the time is left to those that are waited for.
 func labWait(t *testing.T, limit time.Duration, what string, condition func() error) {
 	t.Helper()
 	deadline := time.Now().Add(limit)
 	for {
+		asked := time.Now()
 		err := condition()
 		if err == nil {
 			return
@@ -568,7 +570,7 @@ func labWait(t *testing.T, limit time.Duration, what string, condition func() er
 		if time.Now().After(deadline) {
 			t.Fatalf("waited %v until %s: %v", limit, what, err)
 		}
-		time.Sleep(20 * time.Millisecond)
+		time.Sleep(max(20*time.Millisecond, min(3*time.Since(asked), time.Second)))
 	}
 }
 
