@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"strings"
 	"sync"
 	"syscall"
@@ -196,11 +195,7 @@ func (w *world) commitMany(files int, text string) {
 		text := fmt.Sprintf("%d\n", i) + text
 		fmt.Fprintf(&in, "M 100644 inline %s\ndata %d\n%s\n", manyName(i), len(text), text)
 	}
-	cmd := exec.Command("git", "fast-import", "--quiet")
-	cmd.Dir, cmd.Stdin = w.bare, strings.NewReader(in.String())
-	if out, err := cmd.CombinedOutput(); err != nil {
-		w.t.Fatalf("git fast-import: %v: %s", err, out)
-	}
+	fastImport(w.t, w.bare, in.String())
 }
 
 // cpuOf is the processor time that f takes: ours, and that of programs that end in it.

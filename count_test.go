@@ -368,11 +368,7 @@ func (f *fleet) age(t *testing.T, n int) {
 		fmt.Fprintf(&b, "M 100644 inline svc%03d/etc/file%d\ndata %d\n%s\n", i%20, i/20%3, len(content), content)
 		fmt.Fprintf(&b, "M 100644 inline other/%d\ndata %d\n%s\n", i%50, len(content), content)
 	}
-	cmd := exec.Command("git", "fast-import", "--quiet")
-	cmd.Dir, cmd.Stdin = f.work, strings.NewReader(b.String())
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	fastImport(t, f.work, b.String())
 	f.git(f.work, "reset", "-q", "--hard", "main")
 	f.git(f.work, "push", "-q", "origin", "main")
 }

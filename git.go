@@ -130,6 +130,9 @@ func gitVersion(ctx context.Context) (int, error) {
 // askGit asks git for its version, once for all upstreams, and logs what is wrong with it.
 func askGit(ctx context.Context, upstreams []*upstream) {
 	version, err := gitVersion(ctx)
+	if ctx.Err() != nil {
+		return
+	}
 	if err != nil {
 		slog.Error(err.Error())
 	}

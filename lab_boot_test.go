@@ -169,11 +169,7 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 	var taken []net.Listener
 	take := func(ports ...int) {
 		for _, port := range ports {
-			listener, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", port))
-			if err != nil {
-				t.Fatal(err)
-			}
-			taken = append(taken, listener)
+			taken = append(taken, labListen(l.t, port))
 		}
 	}
 	giveBack := func() {

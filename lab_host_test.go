@@ -574,6 +574,17 @@ func labWait(t *testing.T, limit time.Duration, what string, condition func() er
 	}
 }
 
+// labListen listens on a port that this process may just have let go: until each program that was started
+// meanwhile runs, it holds the port, too.
+func labListen(t *testing.T, port int) (l net.Listener) {
+	t.Helper()
+	labWait(t, 30*time.Second, fmt.Sprint("port ", port, " is free"), func() (err error) {
+		l, err = net.Listen("tcp", fmt.Sprint("127.0.0.1:", port))
+		return err
+	})
+	return l
+}
+
 func labGet(url string) (string, error) {
 	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 	resp, err := client.Get(url)
@@ -648,12 +659,7 @@ func (u *labUpstream) start() {
 		h.Env = append(slices.Clip(h.Env), "GIT_PROTOCOL="+r.Header.Get("Git-Protocol"))
 		h.ServeHTTP(w, r)
 	})}
-	var listener net.Listener
-	labWait(u.t, 10*time.Second, "upstream has its port", func() (err error) {
-		listener, err = net.Listen("tcp", fmt.Sprint("127.0.0.1:", u.port))
-		return err
-	})
-	go u.server.Serve(listener)
+	go u.server.Serve(labListen(u.t, u.port))
 }
 
 // stop ends the server and its connections: upstream is away.

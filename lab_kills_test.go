@@ -19,11 +19,6 @@ import (
 // Everything at once, while gitopper and all that it started is killed again and again: commits, rollbacks,
 // changes of the config, damage to the clone, and somebody who edits the files.
 
-const (
-	stormKills    = 60  // in the normal run,
-	stormKillsAll = 500 // and with GITOPPER_TEST_ALL=1
-)
-
 // stormConfigs are the configs that the storm goes through; what they have in common is always mounted.
 var stormConfigs = []struct {
 	name, branch string
@@ -65,7 +60,7 @@ func newStorm(t *testing.T) *storm {
 	s.witness("other", "/etc/app/other/conf", "")
 	s.push()
 	s.setConfig(0)
-	s.start("-t", "50ms", "-r")
+	s.start("-t", "200ms", "-r")
 	s.waitFile("/run/app.seen", stormVersion("version", 1))
 	s.editor = &labEditor{root: s.fs.Name(), saved: map[int]bool{}}
 	return s
@@ -452,10 +447,7 @@ func (s *storm) checkEdits(when string) {
 // Killed at random moments in all that can go on at once: files, manifest, mounts and unit agree
 // afterwards, no reader sees a missing, empty or mixed file, and each edit is live or kept.
 func TestLabKills(t *testing.T) {
-	kills := stormKills
-	if os.Getenv("GITOPPER_TEST_ALL") != "" {
-		kills = stormKillsAll
-	}
+	kills := often(60, 500)
 	s := newStorm(t)
 	stop := make(chan struct{})
 	var editing sync.WaitGroup

@@ -423,7 +423,8 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 	}
 	s.noteRan(s.files.live())
 	err := s.serve(ctx, c.version)
-	if errors.Is(err, errShutdown) {
+	isCut := err != nil && ctx.Err() != nil // which says nothing of the unit
+	if isCut || errors.Is(err, errShutdown) {
 		return err
 	}
 	isNew := c.Content != before.Content

@@ -162,11 +162,12 @@ func TestPending(t *testing.T) {
 	_ = w.up.lookNow(t.Context(), false)
 	w.wantRuns(0, func() { w.s.pass(t.Context()) })
 	w.restart()
+	dateOfFirst := w.date(first)
 	w.upstreamGoes()
 	w.reconcile()
 	w.wantPending("one", "two  [31mof  it")
-	if got := date(w.s.Status().Committed); got != w.date(first) {
-		t.Errorf("committed %s, want %s", got, w.date(first))
+	if got := date(w.s.Status().Committed); got != dateOfFirst {
+		t.Errorf("committed %s, want %s", got, dateOfFirst)
 	}
 	w.upstreamComes()
 	if err := w.op("unfreeze", ""); err != nil {
@@ -247,8 +248,7 @@ func TestPendingMany(t *testing.T) {
 		text := fmt.Sprintln(i)
 		fmt.Fprintf(&commits, "M 644 inline etc/app.conf\ndata %d\n%s\n", len(text), text)
 	}
-	w.write("commits", commits.String())
-	w.run("sh", "-c", "git -C "+w.bare+" fast-import --quiet <"+w.dir+"/commits")
+	fastImport(t, w.bare, commits.String())
 	w.reconcile()
 	log := w.log(false)
 	if n := w.s.Status().Pending; n != 3000 || len(log.Pending) != 50 || log.More != 2950 {

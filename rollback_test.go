@@ -121,9 +121,7 @@ func TestRollbackNames(t *testing.T) {
 func TestRollbackSHA256(t *testing.T) {
 	w := newWorld(t)
 	w.run("rm", "-rf", w.bare, w.work)
-	w.git(w.dir, "init", "-q", "--bare", "-b", "main", "--object-format=sha256", w.bare)
-	w.git(w.dir, "init", "-q", "-b", "main", "--object-format=sha256", w.work)
-	w.git(w.work, "remote", "add", "origin", w.bare)
+	w.makeUpstream("--object-format=sha256")
 	first := w.commit("etc/app.conf", "one\n", "one.conf", "single\n")
 	w.commit("etc/app.conf", "two\n")
 	w.reconcile()

@@ -294,6 +294,38 @@ func TestServiceExcusedSuspectIsBad(t *testing.T) {
 	w.want("BROKEN", "taken back", "one\n", "")
 }
 
+// TestServiceEndedWhileLastGoodSettles: a pass that is ended then tells nothing of the last good commit.
+func TestServiceEndedWhileLastGoodSettles(t *testing.T) {
+	for _, step := range []string{"reload", "settle"} {
+		t.Run(step, func(t *testing.T) {
+			w := okWorld(t)
+			w.spec.settle = 100 * time.Millisecond
+			w.restart()
+			w.reconcile()
+			w.write("fake/reads", w.dir+"/local/etc/app.conf")
+			w.commit("etc/app.conf", "bad\n")
+			_ = w.up.lookNow(context.Background(), false)
+			ctx, end := context.WithCancel(context.Background())
+			w.s.step = func(name string) {
+				if name == step && w.read("local/etc/app.conf") == "one\n" {
+					end()
+				}
+			}
+			w.s.pass(ctx)
+			if ctx.Err() == nil {
+				t.Fatal("not ended")
+			}
+			w.calls()
+
+			for range 2 {
+				w.restart()
+				w.reconcile()
+				w.want("BROKEN", "taken back", "one\n", "")
+			}
+		})
+	}
+}
+
 // TestServiceSuspectThenAnother: other content is tried at once.
 func TestServiceSuspectThenAnother(t *testing.T) {
 	w, _ := bothFail(t, "bad\n")

@@ -85,7 +85,8 @@ func lookUnits(ctx context.Context, ids unitNames, names ...string) ([]unit, err
 // showUnit asks systemd for all that unit holds of one unit, together with what others ask at the same time.
 func showUnit(ctx context.Context, name string) (unit, error) {
 	u, alone, err := looks.ask(ctx, name)
-	if err == nil || alone {
+	isForAll := errors.Is(err, errShutdown)
+	if err == nil || alone || isForAll {
 		return u, err
 	}
 	units, err := showUnits(ctx, []string{name}) // it may be another unit that can't be shown
@@ -293,6 +294,16 @@ func tell(ctx, hard context.Context, name, action string, reload bool, step func
 	if err != nil {
 		return "", err
 	}
+	defer acting.enter(ctx)()
+	if ctx.Err() != nil {
+		return "", ctx.Err()
+	}
+	if time.Since(u.at) > time.Second { // somebody may have stopped it since
+		if u, err = showUnit(hard, name); err != nil {
+			return "", err
+		}
+	}
+
 	if !u.says("LoadState", "loaded") {
 		return "", errors.New(u.describe())
 	}
@@ -318,21 +329,7 @@ func tell(ctx, hard context.Context, name, action string, reload bool, step func
 		return "", err
 	}
 	step(verb)
-	defer acting.enter(ctx)()
-	if ctx.Err() != nil {
-		return "", ctx.Err()
-	}
-	hasWaited := time.Since(u.at) > time.Second
-	err = act(hard, name, u.is["Id"], verb)
-	if err == nil || !hasWaited {
-		return verb, err
-	}
-	now, _ := showUnit(hard, name)
-	wasStopped := u.running() && now.stopped() // by somebody, while it waited for its turn
-	if other, _ := verbFor(&now, action); wasStopped && other != "" {
-		return other, act(hard, name, u.is["Id"], other)
-	}
-	return verb, err
+	return verb, act(hard, name, u.is["Id"], verb)
 }
 
 // loadUnit asks systemd for a unit, after a daemon-reload where systemd may not know its files of today.

@@ -377,45 +377,47 @@ func TestUnitActionFails(t *testing.T) {
 	}
 }
 
-// TestUnitWaitsForItsTurn: where many units are told at the same time, one that an administrator stopped meanwhile
-// is started; who waits can be ended, and then nothing is done.
+// TestUnitWaitsForItsTurn: what happened to a unit meanwhile is seen, and an end of the wait is no action.
 func TestUnitWaitsForItsTurn(t *testing.T) {
-	f := newFakeSystemd(t)
-	var leave []func()
-	for range cap(acting.room) {
-		leave = append(leave, acting.enter(t.Context()))
+	for _, tc := range []struct{ name, action, then, verb, calls string }{
+		{"runs on", "reload", "active", "reload", "reload svc.service"},
+		{"was stopped", "reload", "inactive\nResult=success", "start", "start svc.service"},
+		{"was stopped, try", "try-restart", "inactive\nResult=success", "start", "start svc.service"},
+		{"failed", "reload", "failed", "start", "reset-failed svc.service, start svc.service"},
+		{"has a socket", "restart", "inactive\nTriggeredBy=svc.socket", "", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := newFakeSystemd(t)
+			for range cap(acting.room) {
+				defer acting.enter(t.Context())()
+			}
+			go func() { // within the second after which a full room makes nobody wait any longer
+				f.wait("asked", 1)
+				f.set("svc.service", tc.then)
+			}()
+			verb, err := tell(t.Context(), t.Context(), "svc.service", tc.action, false, func(string) {})
+			if calls := f.read("calls"); err != nil || verb != tc.verb || calls != tc.calls {
+				t.Errorf("told by %q, %v, %q", verb, err, calls)
+			}
+		})
 	}
-	done := make(chan error)
-	var verb string
-	ctx, cancel := context.WithCancel(t.Context())
-	start := func() {
+
+	t.Run("end", func(t *testing.T) {
+		f := newFakeSystemd(t)
+		for range cap(acting.room) {
+			defer acting.enter(t.Context())()
+		}
+		f.set("svc.service", "failed")
+		ctx, end := context.WithCancel(t.Context())
 		go func() {
-			var err error
-			verb, err = tell(ctx, t.Context(), "svc.service", "reload", false, func(string) {})
-			done <- err
+			f.wait("asked", 1)
+			end()
 		}()
-	}
-
-	start()
-	f.wait("asked", 1)
-	cancel()
-	if err := <-done; !errors.Is(err, context.Canceled) || f.read("calls") != "" {
-		t.Errorf("%v, %q", err, f.read("calls"))
-	}
-
-	ctx = t.Context()
-	start()
-	f.wait("asked", 2)
-	time.Sleep(500 * time.Millisecond)
-	f.set("svc.service", "inactive\nResult=success")
-	f.set("fail-reload", "")
-	for _, l := range leave { // after more than a second, as enter has it
-		time.AfterFunc(700*time.Millisecond, l)
-	}
-	err := <-done
-	if calls := f.read("calls"); err != nil || verb != "start" || calls != "reload svc.service, start svc.service" {
-		t.Errorf("told by %q, %v, %q", verb, err, calls)
-	}
+		_, err := tell(ctx, t.Context(), "svc.service", "reload", false, func(string) {})
+		if calls := f.read("calls"); !errors.Is(err, context.Canceled) || calls != "" {
+			t.Errorf("%v, %q", err, calls)
+		}
+	})
 }
 
 // TestUnitSettles: what a socket starts while it settles did not crash, and a job that failed waits for its
