@@ -209,7 +209,8 @@ func (a *agent) work(stdout io.Writer) error {
 		slog.Warn(w)
 	}
 	version, _ := ctl.Version()
-	slog.Info(fmt.Sprintf("gitopper %s manages %s of %s", version, number(len(services), "service"), a.config),
+	of := number(len(services), "service") + " of " + a.config
+	slog.Info(fmt.Sprintf("gitopper %s manages %s", version, of),
 		"interval", a.interval, "ssh", a.ssh, "metric", a.metric)
 	notify(a.socket, "READY=1\nSTATUS="+a.summary())
 	a.tasks.Go(func() {
