@@ -36,9 +36,9 @@ type config struct {
 
 // key is one entry of [global] keys.
 type key struct {
-	path string // absolute
-	ro   bool
-	text []byte // what the file held when the config was loaded
+	path   string // absolute
+	rights rights
+	text   []byte // what the file held when the config was loaded
 }
 
 // spec is one validated entry of the config, defaults merged in; nobody writes it after loading.
@@ -84,8 +84,6 @@ func (s *spec) options() map[string]any {
 	all["machine"], all["service"], all["package"], all["check"] = &s.machine, &s.service, &s.pkg, &s.check
 	return all
 }
-
-func (k *key) options() map[string]any { return map[string]any{"path": &k.path, "ro": &k.ro} }
 
 func (d *dir) options() map[string]any {
 	return map[string]any{
@@ -351,8 +349,11 @@ func (p *parser) keys(global spot, keys []toml.Primitive, wrong []string) {
 	}
 	for i, entry := range keys {
 		where := global.inner("keys", i)
-		var k key
-		wrong := p.take(where, entry, k.options())
+		k, ro := key{rights: mayWrite}, false
+		wrong := p.take(where, entry, map[string]any{"path": &k.path, "ro": &ro})
+		if ro {
+			k.rights = mayLook
+		}
 		if k.path == "" {
 			p.tell(where.name, mistakes{{"path", "path: required"}}, wrong)
 			continue

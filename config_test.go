@@ -404,7 +404,7 @@ user = ""
 		t.Errorf("got  %v\nwant %v", got, want)
 	}
 	// Each machine once, in the file's order.
-	got, want := fmt.Sprint(c.keys[0].path, c.keys[0].ro, c.machines), "/c/k.pubtrue [m other]"
+	got, want := fmt.Sprint(c.keys[0].path, c.keys[0].rights == mayLook, c.machines), "/c/k.pubtrue [m other]"
 	if got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}

@@ -23,8 +23,8 @@ import (
 // route is one command of the SSH interface.
 type route struct {
 	path     string
-	ro       bool // it only looks: ro keys may use it, too
-	min, max int  // words after path
+	needs    rights
+	min, max int // words after path
 	usage    string
 	run      func(*sshServer, context.Context, *sshConn, []string, func(string)) (any, error)
 }
@@ -32,14 +32,14 @@ type route struct {
 // sshRoutes is everything that can be asked for.
 func sshRoutes() []route {
 	return []route{
-		{"/list/machine", true, 0, 0, "", (*sshServer).listMachines},
-		{"/list/service", true, 0, 1, "[SERVICE]", (*sshServer).listServices},
-		{"/list/log", true, 1, 1, "SERVICE", (*sshServer).listLog},
-		{"/list/diff", false, 1, 2, "SERVICE [HASH]", (*sshServer).listDiff},
-		{"/do/freeze", false, 1, maxRequest, "SERVICE [DURATION] [REASON...]", (*sshServer).change},
-		{"/do/unfreeze", false, 1, 1, "SERVICE", (*sshServer).change},
-		{"/do/rollback", false, 2, maxRequest, "SERVICE HASH [REASON...]", (*sshServer).change},
-		{"/do/pull", false, 1, 1, "SERVICE", (*sshServer).change},
+		{"/list/machine", mayLook, 0, 0, "", (*sshServer).listMachines},
+		{"/list/service", mayLook, 0, 1, "[SERVICE]", (*sshServer).listServices},
+		{"/list/log", mayLook, 1, 1, "SERVICE", (*sshServer).listLog},
+		{"/list/diff", mayWrite, 1, 2, "SERVICE [HASH]", (*sshServer).listDiff},
+		{"/do/freeze", mayWrite, 1, maxRequest, "SERVICE [DURATION] [REASON...]", (*sshServer).change},
+		{"/do/unfreeze", mayWrite, 1, 1, "SERVICE", (*sshServer).change},
+		{"/do/rollback", mayWrite, 2, maxRequest, "SERVICE HASH [REASON...]", (*sshServer).change},
+		{"/do/pull", mayWrite, 1, 1, "SERVICE", (*sshServer).change},
 	}
 }
 
@@ -70,9 +70,9 @@ type opError struct {
 func (e *opError) Error() string { return e.err.Error() }
 func (e *opError) Unwrap() error { return e.err }
 
-// told returns a text as a visitor may read it.
-func (v visitor) told(text string) string {
-	if v.write {
+// told returns a text as who has these rights may read it.
+func (r rights) told(text string) string {
+	if r == mayWrite {
 		return unmark(text)
 	}
 	return public(text)
@@ -83,12 +83,12 @@ func sshError(status, format string, args ...any) error {
 }
 
 // errorLine is how a client sees an error: HTTP status text first, and private words only for who may write.
-func errorLine(err error, write bool) string {
+func errorLine(err error, r rights) string {
 	status := "Internal Server Error"
 	if oe, ok := errors.AsType[*opError](err); ok {
 		status = oe.status
 	}
-	return printable(status+": "+visitor{write: write}.told(err.Error()), 4000)
+	return printable(status+": "+r.told(err.Error()), 4000)
 }
 
 // parseRequest takes an exec request's payload apart: a string (RFC 4254 section 6.5) of printable words.
@@ -121,7 +121,7 @@ func (s *sshServer) run(ctx context.Context, c *sshConn, payload []byte, step fu
 			return r.run(s, ctx, c, words, step)
 		}
 	}
-	slog.Warn(fmt.Sprintf("ssh: %q refused: %s: %s", strings.Join(words, " "), errorLine(err, false), c))
+	slog.Warn(fmt.Sprintf("ssh: %q refused: %s: %s", strings.Join(words, " "), errorLine(err, mayLook), c))
 	return nil, err
 }
 
@@ -134,7 +134,7 @@ func findRoute(words []string, who visitor) (route, error) {
 	}
 
 	r, n := routes[i], len(words)-1
-	if !r.ro && !who.write {
+	if !who.rights.suffice(r.needs) {
 		return route{}, sshError("Unauthorized", "key %s is read-only", who.comment)
 	}
 	if n < r.min || n > r.max {
@@ -163,7 +163,7 @@ func (s *sshServer) listServices(_ context.Context, c *sshConn, words []string, 
 	for _, svc := range services {
 		st := svc.Status()
 		info := st.Public
-		if c.who.write {
+		if c.who.rights == mayWrite {
 			info = unmark(st.Info)
 		}
 		answer.Services = append(answer.Services, ctl.Service{
@@ -202,7 +202,7 @@ func (s *sshServer) listLog(_ context.Context, c *sshConn, words []string, _ fun
 	}
 	for _, r := range slices.Backward(rec.Ran[max(0, len(rec.Ran)-ranKept):]) {
 		answer.Ran = append(answer.Ran, ctl.Ran{
-			Hash: r.Commit, When: date(r.When), By: r.By, Outcome: c.who.told(r.Outcome),
+			Hash: r.Commit, When: date(r.When), By: r.By, Outcome: c.who.rights.told(r.Outcome),
 		})
 	}
 	return answer, nil
@@ -251,7 +251,7 @@ func (s *sshServer) change(ctx context.Context, c *sshConn, words []string, step
 	}
 	if err != nil {
 		oe, _ := errors.AsType[*opError](err)
-		result, isDone = errorLine(err, true), oe != nil && oe.done
+		result, isDone = errorLine(err, mayWrite), oe != nil && oe.done
 	}
 	slog.Info(fmt.Sprintf("%s: %s by %s: %s", words[1], what, c, result))
 	if !isDone {

@@ -15,11 +15,11 @@ import (
 )
 
 // log returns what /list/log answers to a key.
-func (w *world) log(write bool) ctl.Log {
+func (w *world) log(r rights) ctl.Log {
 	w.t.Helper()
 	s := &sshServer{services: []*Service{w.s}}
 	words := []string{"/list/log", "svc.service"}
-	answer, err := s.listLog(w.t.Context(), &sshConn{who: visitor{write: write}}, words, nil)
+	answer, err := s.listLog(w.t.Context(), &sshConn{who: visitor{rights: r}}, words, nil)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -31,7 +31,7 @@ func (w *world) log(write bool) ctl.Log {
 func (w *world) wantRan(want ...string) {
 	w.t.Helper()
 	var got []string
-	log := w.log(true)
+	log := w.log(mayWrite)
 	for i, r := range log.Ran {
 		line := fmt.Sprintf("%.8s %s|%s", r.Hash, r.By, r.Outcome)
 		if i < len(want) && strings.HasPrefix(line, want[i]) {
@@ -52,7 +52,7 @@ func (w *world) wantRan(want ...string) {
 func (w *world) wantPending(want ...string) {
 	w.t.Helper()
 	var got []string
-	for _, c := range w.log(false).Pending {
+	for _, c := range w.log(mayLook).Pending {
 		got = append(got, c.Subject)
 	}
 	if n := w.s.Status().Pending; n != len(want) || strings.Join(got, "\n") != strings.Join(want, "\n") {
@@ -94,7 +94,7 @@ func TestLogRan(t *testing.T) {
 	w.restart()
 	w.reconcile()
 	w.wantRan(lines...)
-	if log := fmt.Sprint(w.log(false).Ran); strings.Contains(log, "config line 1") {
+	if log := fmt.Sprint(w.log(mayLook).Ran); strings.Contains(log, "config line 1") {
 		t.Errorf("private words: %s", log)
 	}
 }
@@ -146,7 +146,7 @@ func TestPending(t *testing.T) {
 	w.say("nobody's", "other/file", "y\n")
 	w.reconcile()
 	w.wantPending("two  [31mof  it")
-	log := w.log(false)
+	log := w.log(mayLook)
 	if c := log.Pending[0]; c.Author != "Ann [31m Other" || c.Hash != w.git(w.work, "rev-parse", "HEAD^") ||
 		c.Date != w.date("HEAD^") || log.More != 0 {
 		t.Errorf("%+v", log)
@@ -207,7 +207,7 @@ func TestPendingRefused(t *testing.T) {
 	w.back("HEAD^")
 	w.git(w.work, "push", "-q", "-f", "origin", "HEAD:main")
 	w.reconcile()
-	if log := w.log(true); w.s.Status().Pending != 1 || log.More != 1 || len(log.Pending) != 0 {
+	if log := w.log(mayWrite); w.s.Status().Pending != 1 || log.More != 1 || len(log.Pending) != 0 {
 		t.Errorf("gone back: %d, %+v", w.s.Status().Pending, log)
 	}
 }
@@ -224,7 +224,7 @@ func TestPendingUncounted(t *testing.T) {
 	objects := w.up.objectsDir()
 	w.run("mv", objects, objects+".away")
 	w.s.pass(t.Context())
-	if log := w.log(false); w.s.Status().Pending != 1 || log.More != 1 || len(log.Pending) != 0 {
+	if log := w.log(mayLook); w.s.Status().Pending != 1 || log.More != 1 || len(log.Pending) != 0 {
 		t.Errorf("%d, %+v", w.s.Status().Pending, log)
 	}
 	w.run("mv", objects+".away", objects)
@@ -250,7 +250,7 @@ func TestPendingMany(t *testing.T) {
 	}
 	fastImport(t, w.bare, commits.String())
 	w.reconcile()
-	log := w.log(false)
+	log := w.log(mayLook)
 	if n := w.s.Status().Pending; n != 3000 || len(log.Pending) != 50 || log.More != 2950 {
 		t.Errorf("%d pending, %d told, %d more", n, len(log.Pending), log.More)
 	}

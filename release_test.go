@@ -58,12 +58,11 @@ func TestManual(t *testing.T) {
 		want = append(want, strings.Repeat("-", min(2, len(f.Name)))+f.Name)
 	})
 	var s spec
-	var k key
 	var d dir
-	for _, table := range []map[string]any{s.options(), k.options(), d.options()} {
+	for _, table := range []map[string]any{s.options(), d.options()} {
 		want = slices.AppendSeq(want, maps.Keys(table))
 	}
-	want = append(want, "keys", "dirs")
+	want = append(want, "keys", "path", "ro", "dirs")
 	metrics, err := os.ReadFile("testdata/metrics.txt")
 	if err != nil {
 		t.Fatal(err)

@@ -113,7 +113,7 @@ func (s *sshServer) exec(ctx context.Context, c *sshConn, ch ssh.Channel, payloa
 
 	var exit struct{ Status uint32 } // RFC 4254 section 6.10
 	if err != nil {
-		fmt.Fprintln(ch.Stderr(), errorLine(err, c.who.write))
+		fmt.Fprintln(ch.Stderr(), errorLine(err, c.who.rights))
 		exit.Status = 1
 	}
 	_, _ = ch.SendRequest("exit-status", false, ssh.Marshal(exit))
@@ -131,10 +131,21 @@ const (
 
 var errEvicted = errors.New("too many connections")
 
+// rights are what a key may do: who may write may look, too.
+type rights int
+
+const (
+	mayLook rights = iota + 1
+	mayWrite
+)
+
+// suffice says whether a key with r may do what needs these rights; what is not said to need any, none may.
+func (r rights) suffice(needs rights) bool { return needs > 0 && r >= needs }
+
 // visitor is who authenticated: by which key of which file, and as whom; nobody did where that is zero.
 type visitor struct {
 	file, comment, user string
-	write               bool
+	rights              rights
 }
 
 func (v visitor) known() bool { return v != visitor{} }
@@ -483,8 +494,8 @@ func (r *keyring) authorize(m ssh.ConnMetadata, pub ssh.PublicKey) (*ssh.Permiss
 	var who visitor
 	for _, f := range r.files {
 		i := slices.IndexFunc(f.known, func(k authorizedKey) bool { return k.blob == blob })
-		if i >= 0 && (!who.known() || f.ro) {
-			who = visitor{file: f.path, comment: f.known[i].comment, write: !f.ro}
+		if i >= 0 && (!who.known() || f.rights == mayLook) {
+			who = visitor{file: f.path, comment: f.known[i].comment, rights: f.rights}
 		}
 	}
 	if !who.known() {

@@ -86,7 +86,7 @@ func newSSHFixture(t *testing.T, tune func(*sshFixture)) *sshFixture {
 			Info: `git: <no such branch> "m&m" in 1 line` + quote(": the check's own words")}),
 	}
 	s, err := newSSHServer(filepath.Join(f.dir, "host"), true,
-		[]key{f.keyOf("rw.pub", false), f.keyOf("ro.pub", true)}, []string{"here", "there"}, "here.example.org", services)
+		[]key{f.keyOf("rw.pub", mayWrite), f.keyOf("ro.pub", mayLook)}, []string{"here", "there"}, "here.example.org", services)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,10 +134,10 @@ func (f *sshFixture) key(name, comment string) ssh.Signer {
 }
 
 // keyOf is a key file as the config has it.
-func (f *sshFixture) keyOf(name string, ro bool) key {
+func (f *sshFixture) keyOf(name string, r rights) key {
 	file := filepath.Join(f.dir, name)
 	text, _ := os.ReadFile(file)
-	return key{file, ro, text}
+	return key{file, r, text}
 }
 
 func keyLine(s ssh.Signer, comment string) string {
@@ -237,20 +237,21 @@ func (f *sshFixture) wait(what string, cond func() bool) {
 
 func TestSSHRoutes(t *testing.T) {
 	// Who adds a route says here whose it is.
-	want := map[string]bool{
-		"/list/machine": true, "/list/service": true, "/list/log": true, "/list/diff": false,
-		"/do/freeze": false, "/do/unfreeze": false, "/do/rollback": false, "/do/pull": false,
+	want := map[string]rights{
+		"/list/machine": mayLook, "/list/service": mayLook, "/list/log": mayLook, "/list/diff": mayWrite,
+		"/do/freeze": mayWrite, "/do/unfreeze": mayWrite, "/do/rollback": mayWrite, "/do/pull": mayWrite,
 	}
 	f := newSSHFixture(t, nil)
 	rw, ro := f.client(f.rw), f.client(f.ro)
 	args := map[string]string{"/list/machine": "", "/list/service": "", "/do/rollback": " prometheus 606eb576"}
 	for _, r := range sshRoutes() {
-		if ro, ok := want[r.path]; !ok || r.ro != ro {
-			t.Errorf("%s: ro %v, classified here as %v", r.path, r.ro, ro)
+		if r.needs != want[r.path] {
+			t.Errorf("%s: needs %v, classified here as %v", r.path, r.needs, want[r.path])
 		}
 		isDiff, isDo := r.path == "/list/diff", strings.HasPrefix(r.path, "/do/")
-		if r.ro != (!isDo && !isDiff) {
-			t.Errorf("%s: ro %v does not fit its name", r.path, r.ro)
+		isRo := r.needs == mayLook
+		if isRo != (!isDo && !isDiff) {
+			t.Errorf("%s: needs %v, which does not fit its name", r.path, r.needs)
 		}
 		command, ok := args[r.path]
 		if !ok {
@@ -266,10 +267,10 @@ func TestSSHRoutes(t *testing.T) {
 			<-f.ops
 		}
 		out, errs, status = f.ask(ro, r.path+command)
-		if r.ro && status != 0 {
+		if isRo && status != 0 {
 			t.Errorf("ro %s: %d %q", r.path, status, errs)
 		}
-		if !r.ro && (status != 1 || out != "" || errs != "Unauthorized: key bob@desk is read-only\n") {
+		if !isRo && (status != 1 || out != "" || errs != "Unauthorized: key bob@desk is read-only\n") {
 			t.Errorf("ro %s: %d %q %q", r.path, status, out, errs)
 		}
 		delete(want, r.path)
@@ -280,8 +281,8 @@ func TestSSHRoutes(t *testing.T) {
 	if len(f.ops) > 0 {
 		t.Errorf("the ro key reached %+v", <-f.ops)
 	}
-	if (route{}).ro {
-		t.Error("a read-only key can use a route that nobody classified")
+	if mayWrite.suffice(route{}.needs) {
+		t.Error("a key can use a route that nobody classified")
 	}
 	if log := f.log.String(); !strings.Contains(log, `key bob@desk is read-only`) || !strings.Contains(log, `bob@desk`) || strings.Contains(log, "\x1b") {
 		t.Errorf("log:\n%s", log)
@@ -728,7 +729,7 @@ func TestSSHHostKey(t *testing.T) {
 	f.key("k", "k")
 	file := filepath.Join(f.dir, "host")
 	start := func(file string, makeKey bool) (*sshServer, error) {
-		return newSSHServer(file, makeKey, []key{f.keyOf("k.pub", false)}, nil, "h", nil)
+		return newSSHServer(file, makeKey, []key{f.keyOf("k.pub", mayWrite)}, nil, "h", nil)
 	}
 	if _, err := start(file, false); err == nil || !strings.Contains(err.Error(), file) || !strings.Contains(err.Error(), "ssh-keygen") {
 		t.Errorf("missing: %v", err)
@@ -762,7 +763,7 @@ func TestSSHHostKey(t *testing.T) {
 	if _, err := start(filepath.Join(f.dir, "locked"), false); err == nil || !strings.Contains(err.Error(), "passphrase") {
 		t.Errorf("passphrase: %v", err)
 	}
-	if _, err := newSSHServer(file, false, []key{f.keyOf("none", false)}, nil, "h", nil); err == nil {
+	if _, err := newSSHServer(file, false, []key{f.keyOf("none", mayWrite)}, nil, "h", nil); err == nil {
 		t.Error("a missing key file is no error")
 	}
 	if out, err := exec.Command("ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-N", "", "-f", filepath.Join(f.dir, "rsa")).CombinedOutput(); err != nil {
@@ -1122,7 +1123,7 @@ func TestSSHPrivateWords(t *testing.T) {
 		t.Errorf("ro: %q", out)
 	}
 	err := fmt.Errorf("refused%s", quote(": secret error"))
-	if got := errorLine(err, false); got != "Internal Server Error: refused" {
+	if got := errorLine(err, mayLook); got != "Internal Server Error: refused" {
 		t.Errorf("ro: %q", got)
 	}
 }
@@ -1236,7 +1237,7 @@ func FuzzRequest(f *testing.F) {
 	f.Fuzz(func(t *testing.T, payload []byte) {
 		words, err := parseRequest(payload)
 		if err != nil {
-			if line := errorLine(err, true); !strings.HasPrefix(line, "Bad Request: ") || strings.ContainsAny(line, "\r\n") {
+			if line := errorLine(err, mayWrite); !strings.HasPrefix(line, "Bad Request: ") || strings.ContainsAny(line, "\r\n") {
 				t.Errorf("%q", line)
 			}
 			return
@@ -1246,7 +1247,7 @@ func FuzzRequest(f *testing.F) {
 			t.Errorf("%q", words)
 		}
 		for _, r := range sshRoutes() {
-			if n := len(words) - 1; r.path != words[0] || r.ro || n < r.min || n > r.max {
+			if n := len(words) - 1; r.path != words[0] || r.needs < mayWrite || n < r.min || n > r.max {
 				continue
 			}
 			o, err := parseOp(words, time.Unix(0, 0))
