@@ -42,9 +42,12 @@ type program struct {
 	end   syscall.Signal // what its process group gets at the limit, or when the context is done; 0: SIGKILL
 
 	memory, fileSize uint64 // RLIMIT_DATA and RLIMIT_FSIZE in bytes; 0: as ours
-	sacrifice        bool   // the first to be killed when memory is short
+	oomScoreAdj      int    // 0: as ours
 	private          bool   // its words may quote what only those who may write should read, see quote
 }
+
+// sacrifice is the oomScoreAdj of those that are killed first when memory is short.
+const sacrifice = 1000
 
 // execute runs a program to its end and returns its standard output, unless cmd.Stdout takes that. It is the
 // only way in which programs are run: without a shell, in the C locale, in a session of its own. When ctx is
@@ -231,8 +234,8 @@ func (p *program) bound() {
 			_, _, _ = syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), resource, at, 0, 0, 0)
 		}
 	}
-	if p.sacrifice {
-		_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("1000"), 0)
+	if p.oomScoreAdj != 0 {
+		_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), fmt.Append(nil, p.oomScoreAdj), 0)
 	}
 }
 

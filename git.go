@@ -95,7 +95,7 @@ func gitCommand(a account, gitDir string, extraEnv []string, args ...string) *ex
 func runGit(ctx context.Context, verb string, cmd *exec.Cmd, limit time.Duration, fileSize ...uint64) (
 	[]byte, error) {
 	count.add("gitopper_machine_git_ops_total", "")
-	p := program{name: "git " + verb, cmd: cmd, limit: limit, memory: gitMemory, sacrifice: true}
+	p := program{name: "git " + verb, cmd: cmd, limit: limit, memory: gitMemory, oomScoreAdj: sacrifice}
 	if len(fileSize) > 0 {
 		p.fileSize = fileSize[0]
 	}
