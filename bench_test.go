@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"strings"
 	"sync"
@@ -28,7 +29,7 @@ func BenchmarkIdleRound(b *testing.B) {
 	for _, size := range [][2]int{{1, 1}, {100, 1}, {1000, 1}, {100, 100}} {
 		n, files := size[0], size[1]
 		b.Run(fmt.Sprintf("services=%d/files=%d", n, files), func(b *testing.B) {
-			setLogger(io.Discard, false)
+			setLogger(io.Discard, slog.LevelInfo)
 			f := newIdleFleet(b, n, files)
 			var remote, look, passes, units time.Duration
 			for b.Loop() {
@@ -89,7 +90,7 @@ func (f *fleet) passes() {
 func BenchmarkCommitGoesLive(b *testing.B) {
 	for _, files := range []int{1, 100} {
 		b.Run(fmt.Sprintf("files=%d", files), func(b *testing.B) {
-			setLogger(io.Discard, false)
+			setLogger(io.Discard, slog.LevelInfo)
 			w := newWorld(b)
 			w.spec.action = ""
 			w.restart()
@@ -124,7 +125,7 @@ func BenchmarkCommitGoesLive(b *testing.B) {
 // BenchmarkLargeLink is a link of 10,000 files, of which a commit changes none, one or all, against git fetch and git
 // reset --hard in an ordinary clone: until all is live, and the processor time of whole passes with all their programs.
 func BenchmarkLargeLink(b *testing.B) {
-	setLogger(io.Discard, false)
+	setLogger(io.Discard, slog.LevelInfo)
 	w := newWorld(b)
 	w.spec.action = ""
 	w.restart()

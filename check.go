@@ -65,7 +65,9 @@ func runCheck(ctx context.Context, j checkJob) error {
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL,
 	}
-	p := program{name: "check " + j.Argv[0], cmd: cmd, limit: checkLimit, oomScoreAdj: sacrifice, private: true}
+	p := program{
+		name: "check " + j.Argv[0], cmd: cmd, limit: checkLimit, oomScoreAdj: sacrifice, private: true,
+	}
 	_, err = execute(ctx, p)
 	childs.Close()
 

@@ -478,26 +478,34 @@ func digest(parts ...string) string {
 	return hex.EncodeToString(sum[:16])
 }
 
-// setLogger makes slog write one line an event to w: with a <N> priority and no time where the journal reads
-// along, which has its own (sd-daemon(3), systemd.exec(5) on JOURNAL_STREAM).
-func setLogger(w io.Writer, debug bool) {
-	level := slog.LevelInfo
-	if debug {
-		level = slog.LevelDebug
-	}
-	journal := false
+// setLogger makes slog write one line an event from that level on to w: with a priority and no time where the
+// journal reads along, which has its own (systemd.exec(5) on JOURNAL_STREAM).
+func setLogger(w io.Writer, level slog.Level) {
+	head := timeAndLevel
 	var st syscall.Stat_t
 	if f, ok := w.(*os.File); ok && syscall.Fstat(int(f.Fd()), &st) == nil {
-		journal = os.Getenv("JOURNAL_STREAM") == fmt.Sprintf("%d:%d", st.Dev, st.Ino)
+		if os.Getenv("JOURNAL_STREAM") == fmt.Sprintf("%d:%d", st.Dev, st.Ino) {
+			head = priority
+		}
 	}
-	slog.SetDefault(slog.New(lineHandler{level, journal, log.New(w, "", 0)}))
+	slog.SetDefault(slog.New(lineHandler{level, head, log.New(w, "", 0)}))
+}
+
+func timeAndLevel(r slog.Record) string {
+	return r.Time.Format("2006-01-02T15:04:05.000Z07:00 ") + r.Level.String() + " "
+}
+
+// priority is a level as sd-daemon(3) has it: <N>.
+func priority(r slog.Record) string {
+	n := map[slog.Level]int{slog.LevelDebug: 7, slog.LevelInfo: 6, slog.LevelWarn: 4, slog.LevelError: 3}
+	return fmt.Sprintf("<%d>", n[r.Level])
 }
 
 // lineHandler is the slog.Handler of setLogger.
 type lineHandler struct {
-	level   slog.Level
-	journal bool
-	lines   *log.Logger // one Write a line, one at a time
+	level slog.Level
+	head  func(slog.Record) string
+	lines *log.Logger // one Write a line, one at a time
 }
 
 func (h lineHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.level }
@@ -506,13 +514,7 @@ func (h lineHandler) WithAttrs([]slog.Attr) slog.Handler           { return h } 
 
 func (h lineHandler) Handle(_ context.Context, r slog.Record) error {
 	var b strings.Builder
-	if h.journal {
-		n := map[slog.Level]int{slog.LevelDebug: 7, slog.LevelInfo: 6, slog.LevelWarn: 4, slog.LevelError: 3}
-		fmt.Fprintf(&b, "<%d>", n[r.Level])
-	} else {
-		b.WriteString(r.Time.Format("2006-01-02T15:04:05.000Z07:00 ") + r.Level.String() + " ")
-	}
-	b.WriteString(r.Message)
+	b.WriteString(h.head(r) + r.Message)
 	r.Attrs(func(a slog.Attr) bool {
 		b.WriteString(" " + a.String())
 		return true

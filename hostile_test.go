@@ -8,6 +8,7 @@ import (
 	"compress/zlib"
 	"context"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net/http"
 	"net/http/cgi"
@@ -88,8 +89,8 @@ func newHostileWorld(t *testing.T) *hostileWorld {
 	quiet.spec.service = "quiet.service"
 	quiet.restart()
 	w := &hostileWorld{world: newWorld(t), quiet: quiet, canary: map[string]string{}, log: &lockedBuffer{}}
-	setLogger(w.log, true)
-	t.Cleanup(func() { setLogger(os.Stderr, false) })
+	setLogger(w.log, slog.LevelDebug)
+	t.Cleanup(func() { setLogger(os.Stderr, slog.LevelInfo) })
 	w.asNobody()
 	w.run("chown", "-R", "root", w.bare)
 	w.spec.upstream = w.serve()

@@ -121,7 +121,7 @@ func (o options) run(ctx context.Context, stdout, stderr io.Writer) error {
 	case o.mode == dryMode:
 		return dryRun(ctx, o, stdout, stderr)
 	}
-	setLogger(stderr, o.debug)
+	setLogger(stderr, o.level)
 	return daemon(ctx, o, stdout)
 }
 
@@ -482,9 +482,9 @@ type options struct {
 	names                              []string // the hostname, then hosts
 	config, ssh, metric, hostkey       string
 	interval                           time.Duration
-	debug, restart, root               bool
+	level                              slog.Level // of what is logged
+	restart, root, pull                bool
 	upstream, directory, branch, mount string
-	pull                               bool
 	given                              []string // for --unit: the other options, as words of a command line
 	stateDir                           string
 }
@@ -523,6 +523,9 @@ func parseOptions(args []string) (o options, err error) {
 	if fl.NArg() > 0 {
 		return o, fmt.Errorf("unexpected argument %q: see gitopper --help", fl.Arg(0))
 	}
+	if fl.Lookup("debug").Value.String() == "true" {
+		o.level = slog.LevelDebug
+	}
 	o.names = append([]string{host}, o.hosts...)
 	o.hostkey = absolute(o.hostkey)
 	if o.upstream == "" { // else it is relative to the checkout
@@ -553,7 +556,7 @@ func (o *options) flags() *flag.FlagSet {
 	fl.StringVar(&o.ssh, "ssh", ":2222", "")
 	fl.StringVar(&o.metric, "metric", ":9222", "")
 	fl.StringVar(&o.hostkey, "hostkey", "", "")
-	fl.BoolVar(&o.debug, "debug", false, "")
+	fl.Bool("debug", false, "")
 	fl.BoolVar(&o.restart, "restart", false, "")
 	fl.BoolVar(&o.root, "root", true, "")
 	fl.DurationVar(&o.interval, "duration", 5*time.Minute, "")

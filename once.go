@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path"
 	"path/filepath"
@@ -74,10 +75,10 @@ func (p *plan) add(format string, args ...any) {
 // dryRun prints what one pass over all services would do. It is an ending with status 3 if that is anything.
 func dryRun(ctx context.Context, o options, stdout, stderr io.Writer) error {
 	logs := io.Discard // what is wrong is told at the end
-	if o.debug {
+	if o.level == slog.LevelDebug {
 		logs = stderr
 	}
-	setLogger(logs, o.debug)
+	setLogger(logs, o.level)
 	scratch, err := os.MkdirTemp("", "gitopper")
 	if err != nil {
 		return err

@@ -208,7 +208,7 @@ func TestLongWordsAreCut(t *testing.T) {
 
 	w := okWorld(t)
 	log, old := &lockedBuffer{}, slog.Default()
-	setLogger(log, false)
+	setLogger(log, slog.LevelInfo)
 	defer slog.SetDefault(old)
 	for _, text := range []string{err.Error(), quote(strings.Repeat("private ", 10_000))} {
 		w.s.last = &outcome{err: errors.New(text)}
