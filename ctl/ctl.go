@@ -179,21 +179,35 @@ func (c *client) carryOut(ctx context.Context, o options, cmd command, hosts []h
 	stdout io.Writer) error {
 	var questions []question
 	for _, h := range hosts {
-		questions = append(questions, question{h, h.name, cmd.path, words})
+		questions = append(questions, question{host: h, label: h.name, path: cmd.path, words: words})
 	}
 	var listErr error
 	if o.isForAll() {
 		questions, listErr = c.aboutEach(ctx, questions)
 	}
 
-	c.several = len(questions) > 1
-	isOfOne := len(words) > 0 && !o.isForAll()
-	r := &report{heads: cmd.heads, several: len(hosts) > 1, json: o.has("m"), cut: isTerminal(stdout)}
-	if isOfOne && cmd.path != "/list/log" {
-		r.cut = false // all is shown
+	if len(questions) > 1 {
+		for i, q := range questions {
+			questions[i].prefix = q.label + ": "
+		}
 	}
+	r := &report{heads: cmd.heads, hosts: len(hosts), form: cmd.form(o, words, stdout)}
 	err := c.each(ctx, questions, cmd.limit, r.add)
 	return cmp.Or(r.print(stdout), err, listErr)
+}
+
+// form says how the answers are shown. A terminal cuts tables of many rows; of one service all is shown.
+func (c command) form(o options, words []string, stdout io.Writer) form {
+	hasManyRows := len(words) == 0 || o.isForAll() || c.path == "/list/log"
+	switch {
+	case c.heads == nil:
+		return textForm
+	case o.has("m"):
+		return jsonForm
+	case hasManyRows && isTerminal(stdout):
+		return narrowTable
+	}
+	return wideTable
 }
 
 const everyService = "-a"
@@ -212,8 +226,8 @@ func (c *client) aboutEach(ctx context.Context, all []question) (each []question
 		rows, err := parseAnswer(answer, serviceHeads)
 		for _, row := range rows {
 			service := row[0]
-			each = append(each, question{list.host, list.label + ": " + service, all[0].path,
-				append([]string{service}, rest...)})
+			each = append(each, question{host: list.host, label: list.label + ": " + service,
+				path: all[0].path, words: append([]string{service}, rest...)})
 		}
 		return err
 	})

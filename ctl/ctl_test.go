@@ -361,9 +361,9 @@ func TestTables(t *testing.T) {
 			t.Fatal(err)
 		}
 		// print shows the answers, as if web1, web2 and so on had given them.
-		print := func(asJSON bool) string {
+		print := func(f form) string {
 			hosts = nil
-			r := &report{heads: cmd.heads, several: len(tt.answers) > 1, json: asJSON}
+			r := &report{heads: cmd.heads, hosts: len(tt.answers), form: f}
 			for i, a := range tt.answers {
 				hosts = append(hosts, host{name: fmt.Sprintf("web%d", i+1)})
 				if err := r.add(question{host: hosts[i]}, []byte(a)); err != nil {
@@ -376,8 +376,8 @@ func TestTables(t *testing.T) {
 			}
 			return stdout.String()
 		}
-		golden(t, tt.name+".golden", print(false))
-		stdout := print(true)
+		golden(t, tt.name+".golden", print(wideTable))
+		stdout := print(jsonForm)
 		if len(hosts) == 1 && tt.name != "hostile" {
 			if want := strings.TrimSpace(tt.answers[0]) + "\n"; stdout != want {
 				t.Errorf("%s: -m gave %q, want %q", tt.name, stdout, want)
@@ -561,10 +561,13 @@ func FuzzAnswer(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, answer []byte) {
 		for _, cmd := range commands {
-			for _, asJSON := range []bool{false, true} {
-				r := &report{heads: cmd.heads, several: true, json: asJSON, cut: true}
+			for _, shown := range []form{narrowTable, jsonForm} {
+				if cmd.heads == nil {
+					shown = textForm
+				}
+				r := &report{heads: cmd.heads, hosts: 2, form: shown}
 				for _, name := range []string{"web1", "web2"} {
-					if err := r.add(question{host: host{name: name}}, answer); err != nil && r.heads == nil {
+					if err := r.add(question{host: host{name: name}}, answer); err != nil && shown == textForm {
 						t.Fatal(err)
 					}
 				}
@@ -577,7 +580,7 @@ func FuzzAnswer(f *testing.F) {
 					if strings.ContainsFunc(line, func(r rune) bool { return r != '\t' && !unicode.IsPrint(r) && r != unicode.ReplacementChar }) {
 						t.Fatalf("%s shows %q", cmd.path, line)
 					}
-					if isTable := r.heads != nil && !asJSON; isTable && utf8.RuneCountInString(line) > columns {
+					if shown == narrowTable && utf8.RuneCountInString(line) > columns {
 						t.Fatalf("%s shows a line of %d", cmd.path, utf8.RuneCountInString(line))
 					}
 				}

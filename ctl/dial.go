@@ -81,19 +81,19 @@ func parseHosts(args []string, port string) (hosts []host, err error) {
 // client is what all questions have in common.
 type client struct {
 	way
-	known   *knownHosts
-	keys    *keys
-	user    string
-	stderr  *lines
-	several bool // lines on stderr say what they are about
+	known  *knownHosts
+	keys   *keys
+	user   string
+	stderr *lines
 }
 
 // question is a command for a host, and what its lines on stderr are labelled with.
 type question struct {
-	host  host
-	label string
-	path  string
-	words []string
+	host   host
+	label  string // of its errors
+	prefix string // of what the host writes; empty: there is no other question
+	path   string
+	words  []string
 }
 
 // each asks all questions, some at a time, and hands the answers to use in the order of the questions. Each
@@ -268,7 +268,7 @@ func (c *client) exchange(conn *ssh.Client, q question) ([]byte, error) {
 	}
 
 	verdict := make(chan string, 1)
-	go func() { verdict <- c.passOn(q.label, stderr) }()
+	go func() { verdict <- c.passOn(q.prefix, stderr) }()
 	answer, err := io.ReadAll(io.LimitReader(stdout, answerLimit+1))
 	if err == nil && len(answer) > answerLimit {
 		return nil, fmt.Errorf("the answer is larger than %d bytes", answerLimit)
@@ -287,17 +287,12 @@ func (c *client) exchange(conn *ssh.Client, q question) ([]byte, error) {
 	return answer, nil
 }
 
-// passOn prints each line as it comes, and returns the last if it is a verdict: an HTTP status text and what
-// was wrong.
-func (c *client) passOn(label string, stderr io.Reader) (verdict string) {
+// passOn prints each line as it comes, behind prefix, and returns the last if it is a verdict: an HTTP status
+// text and what was wrong.
+func (c *client) passOn(prefix string, stderr io.Reader) (verdict string) {
 	statuses := []string{"Not Found", "Unauthorized", "Bad Request", "Not Acceptable", "Conflict",
 		"Internal Server Error"}
-	show := func(line string) {
-		if c.several {
-			line = label + ": " + line
-		}
-		c.stderr.print(line)
-	}
+	show := func(line string) { c.stderr.print(prefix + line) }
 
 	scan := bufio.NewScanner(io.LimitReader(stderr, answerLimit))
 	for scan.Scan() {

@@ -59,20 +59,29 @@ func parseAnswer(answer []byte, heads []string) (rows [][]string, err error) {
 	return slices.DeleteFunc(rows, func(row []string) bool { return len(row) != len(heads)-2 }), nil
 }
 
-// report is what stdout gets in the end: a table, or else the answers one after another.
+// form is how answers are shown: one after another, or in one table.
+type form int
+
+const (
+	textForm form = iota
+	jsonForm
+	wideTable
+	narrowTable // cut to what a terminal shows
+)
+
+// report is what stdout gets in the end.
 type report struct {
-	heads   []string
-	several bool // hosts: each is named
-	json    bool
-	cut     bool // to what a terminal shows
-	table   [][]string
-	text    bytes.Buffer
+	heads []string // of a table
+	hosts int      // that are asked: where there are several, each is named
+	form  form
+	table [][]string
+	text  bytes.Buffer
 }
 
 // add takes in an answer.
 func (r *report) add(q question, answer []byte) error {
-	if r.heads == nil {
-		if r.several {
+	if r.form == textForm {
+		if r.hosts > 1 {
 			fmt.Fprintf(&r.text, "==> %s <==\n", q.host.name)
 		}
 		r.text.WriteString(clean(string(answer), "\n\t"))
@@ -83,8 +92,8 @@ func (r *report) add(q question, answer []byte) error {
 	switch {
 	case err != nil:
 		return err
-	case r.json:
-		r.text.Write(formatJSON(answer, q.host.name, r.several))
+	case r.form == jsonForm:
+		r.text.Write(formatJSON(answer, q.host.name, r.hosts))
 		return nil
 	case r.table == nil:
 		r.table = [][]string{slices.Clone(r.heads)}
@@ -96,18 +105,18 @@ func (r *report) add(q question, answer []byte) error {
 	return nil
 }
 
-// print writes all that was added. On a terminal the table is cut.
+// print writes all that was added.
 func (r *report) print(out io.Writer) error {
 	for n, row := range r.table {
 		for i := range row {
 			row[i] = clean(row[i], "")
 		}
-		if !r.several {
+		if r.hosts == 1 {
 			r.table[n] = slices.Delete(row, 1, 2)
 		}
 	}
 	width := anyNumber
-	if r.cut {
+	if r.form == narrowTable {
 		width = columns
 		cutTable(r.table)
 	}
@@ -172,8 +181,8 @@ func isTerminal(w io.Writer) bool {
 
 // formatJSON returns the answer for -m: unchanged, or for one of several hosts on one line and with the
 // host's name.
-func formatJSON(answer []byte, host string, several bool) []byte {
-	if several {
+func formatJSON(answer []byte, host string, hosts int) []byte {
+	if hosts > 1 {
 		fields := map[string]json.RawMessage{}
 		json.Unmarshal(answer, &fields) // can't fail, the answer has been parsed
 		fields["host"], _ = json.Marshal(host)
