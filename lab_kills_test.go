@@ -447,7 +447,7 @@ func (s *storm) checkEdits(when string) {
 // Killed at random moments in all that can go on at once: files, manifest, mounts and unit agree
 // afterwards, no reader sees a missing, empty or mixed file, and each edit is live or kept.
 func TestLabKills(t *testing.T) {
-	kills := often(60, 500)
+	kills := often(50, 500)
 	s := newStorm(t)
 	stop := make(chan struct{})
 	var editing sync.WaitGroup
