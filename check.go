@@ -164,7 +164,7 @@ func (j *checkJob) show(s shown, n string) error {
 		return err
 	}
 	staged, err := checkout.below(stageDir + "/" + s.Link)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if !isOrLacks(err) {
 		return err
 	}
 	live, _ := checkout.below(s.Link)

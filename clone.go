@@ -279,7 +279,7 @@ func (u *upstream) repack(ctx context.Context) {
 	}
 	_, err = runGit(ctx, "repack", c.git(args...), fetchLimit)
 	u.tried["repack"] = tried{time.Now(), err}
-	if err != nil && ctx.Err() == nil {
+	if wentWrong(ctx, err) {
 		slog.Warn(fmt.Sprintf("%s: %v", redact(u.url), err))
 	}
 }

@@ -7,7 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
+
 	"log/slog"
 	"regexp"
 	"slices"
@@ -191,7 +191,7 @@ func (s *sshServer) listLog(_ context.Context, c *sshConn, words []string, _ fun
 		return nil, err
 	}
 	rec, _, err := readRecord(recordFile(svc.stateDir, words[1]))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if !isOrLacks(err) {
 		return nil, err
 	}
 

@@ -450,7 +450,7 @@ func (s *Service) dress(ctx context.Context, c *candidate, isNew bool) {
 	if err == nil {
 		err = s.files.dress(commit, objects, index)
 	}
-	if err != nil && ctx.Err() == nil {
+	if wentWrong(ctx, err) {
 		slog.Warn(fmt.Sprintf("%s: .git for people: %s", s.service, oneLine(err.Error())))
 	}
 }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -488,5 +489,11 @@ func except(err error, fine ...error) error {
 	}
 	return err
 }
+
+// wentWrong says that something failed by itself, and not because ctx has ended.
+func wentWrong(ctx context.Context, err error) bool { return err != nil && ctx.Err() == nil }
+
+// isOrLacks says that there is no error but that a file is missing.
+func isOrLacks(err error) bool { return err == nil || errors.Is(err, fs.ErrNotExist) }
 
 func makePrivate(parent place, name, _ string) error { return syscall.Mkdirat(parent.fd, name, 0o700) }

@@ -380,7 +380,7 @@ func (f *files) finish(ctx context.Context) (kept []string, err error) {
 		f.m, f.after, f.staged = f.after, nil, nil
 	}
 	f.cut = false
-	if err := f.prune(ctx, ours); err != nil && ctx.Err() == nil {
+	if err := f.prune(ctx, ours); wentWrong(ctx, err) {
 		slog.Warn(err.Error())
 	}
 	return s.kept, nil
@@ -449,8 +449,7 @@ func (s *sorter) one(ctx context.Context, dir place, name, p string) error {
 		}
 		return s.discardOrKeep(ctx, p, known)
 	case len(known) > 0, anyBelow(s.f.m.paths, p):
-		err := s.empty(ctx, dir, name, p)
-		if isDone := err == nil || ctx.Err() != nil; isDone {
+		if err := s.empty(ctx, dir, name, p); !wentWrong(ctx, err) {
 			return err
 		}
 	}

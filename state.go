@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -301,7 +300,7 @@ func firstRecord(data []byte) (rec record) {
 func (s *Service) loadRecord() {
 	file := recordFile(s.stateDir, s.service)
 	rec, saved, err := readRecord(file)
-	if err == nil || errors.Is(err, fs.ErrNotExist) {
+	if isOrLacks(err) {
 		s.rec, s.saved = rec, saved
 		return
 	}
