@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 	"unicode"
 
@@ -105,10 +104,14 @@ func (s *Service) noteOutcome(text string) {
 	}
 }
 
+// isOfUnit says that trouble is with the unit or what it needs, and not with what we remember.
+func isOfUnit(err error) bool {
+	return errors.As(err, new(brokenError)) && !errors.As(err, new(recordError))
+}
+
 // noteTrouble remembers that the unit, or what it needs, is in trouble on what went live last.
 func (s *Service) noteTrouble(err error) {
-	isUnit := errors.As(err, new(brokenError)) && !errors.As(err, new(recordError))
-	if isUnit {
+	if isOfUnit(err) {
 		s.noteOutcome(stateBroken.String() + ": " + oneLine(err.Error()))
 	}
 }
@@ -476,8 +479,7 @@ func (p place) each(at string, tell func(p string, size int64)) {
 			continue // it is gone
 		}
 		st, _ := below.stat()
-		isOurs := below.kind() == syscall.S_IFDIR && below.rootsAlone()
-		if isOurs && strings.Count(at, "/") < treeDepth {
+		if below.isRootsDir() && strings.Count(at, "/") < treeDepth {
 			below.each(path.Join(at, name), tell)
 		} else {
 			tell(path.Join(at, name), st.Size)

@@ -262,6 +262,11 @@ func (t *mountTable) own(mounts []mountPoint, wants []shown) (own []mountPoint) 
 	return own
 }
 
+// owns says whether a mount, nil for none, is one of ours by the table.
+func (t *mountTable) owns(mounts []mountPoint, m *mountPoint) bool {
+	return m != nil && slices.Contains(t.own(mounts, nil), *m)
+}
+
 // resolve returns where a path leads, also when its end is missing.
 func resolve(name string) string {
 	for at := name; at != "."; at = filepath.Dir(at) { // "/" is there
@@ -314,7 +319,7 @@ func (t *mountTable) mount(service string, w shown, uid int) (err error) {
 		return err
 	}
 	top := visible(mounts, resolve(w.Local))
-	if top != nil && slices.Contains(t.own(mounts, nil), *top) {
+	if t.owns(mounts, top) {
 		err = replaceMount(src, dst, w.Local)
 	} else {
 		err = syscall.Mount(src.path(), dst.path(), "", syscall.MS_BIND, "")

@@ -266,7 +266,7 @@ func (s *Service) planDirectory(known tree) error {
 		return err
 	}
 	_, isNew := top.lstat(ourDir)
-	goesOn := isFresh(top) || s.files.isLaidOut(top)
+	goesOn := s.files.goesOn(top)
 	if isNew != nil || !goesOn {
 		err = s.files.startAnew()
 	}
@@ -312,7 +312,7 @@ func (s *Service) planCompare(ctx context.Context, want tree) (d diff, err error
 	}
 	defer top.close()
 	d, err = s.files.compareAt(ctx, top, want)
-	if err != nil || isFresh(top) || s.files.isLaidOut(top) {
+	if err != nil || s.files.goesOn(top) {
 		return d, err
 	}
 
@@ -486,7 +486,7 @@ func (s *Service) hides(d dir) (words string, err error) {
 	}
 	t := &s.rec.Mounts
 	top := visible(mounts, resolve(d.local))
-	isOurs := top != nil && slices.Contains(t.own(mounts, nil), *top)
+	isOurs := t.owns(mounts, top)
 	fi, missing := os.Stat(d.local)
 	switch names, notDir := os.ReadDir(d.local); {
 	case isOurs, missing != nil, slices.Contains(t.Made, d.local):

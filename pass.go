@@ -62,7 +62,7 @@ func (s *Service) reconcile(ctx context.Context) (out outcome) {
 
 func (s *Service) endFreeze() {
 	p := s.rec.Pin
-	if p == nil || p.Until.IsZero() || time.Now().Before(p.Until) {
+	if !p.ends() || time.Now().Before(p.Until) {
 		return
 	}
 	slog.Info(fmt.Sprintf("%s: freeze has ended: %s", s.service, p.Info))
@@ -224,8 +224,8 @@ func (s *Service) wanted(ctx context.Context, live version, out *outcome) (versi
 		out.err = cmp.Or(out.err, err)
 		return rest, nil
 	}
-	if p := s.rec.Suspect; p != nil && p.Content == tip.Content {
-		out.refused = &p.refusal
+	if f := s.suspected(tip); f != nil {
+		out.refused = f
 		return rest, nil
 	}
 	if f := s.refused(tip); f != nil {
@@ -256,10 +256,18 @@ func (s *Service) isOfToday(v version) bool {
 	return strings.HasPrefix(v.Content, s.links[:8])
 }
 
+// suspected returns why a version was taken back, nil if it is not the suspect.
+func (s *Service) suspected(v version) *refusal {
+	if p := s.rec.Suspect; p != nil && p.Content == v.Content {
+		return &p.refusal
+	}
+	return nil
+}
+
 // rest is where to stay when upstream's commit is not to be had: on what runs, unless that itself was taken
 // back.
 func (s *Service) rest(ctx context.Context, live version) version {
-	tookBack := s.refused(live) != nil || s.rec.Suspect != nil && s.rec.Suspect.Content == live.Content
+	tookBack := cmp.Or(s.refused(live), s.suspected(live)) != nil
 	if tookBack && s.rec.Good.Commit != "" {
 		if good, err := s.today(ctx, s.rec.Good, live); err == nil {
 			return good
@@ -531,9 +539,10 @@ func (s *Service) keepEdits(c *candidate) error {
 // onTrial says whether trouble with what is live is to be met by the last good version: that one has not
 // settled yet, and another one is known that did.
 func (s *Service) onTrial(ctx context.Context, v version, err error) bool {
-	noFallback := !s.fallback || s.rec.Pin != nil || s.rec.Good.Commit == ""
-	noTrouble := !errors.As(err, new(brokenError)) || errors.As(err, new(recordError))
-	if noFallback || noTrouble || ctx.Err() != nil {
+	switch {
+	case !s.fallback, s.rec.Pin != nil, s.rec.Good.Commit == "":
+		return false
+	case !isOfUnit(err), ctx.Err() != nil: // which says nothing of the commit
 		return false
 	}
 	good, err := s.today(ctx, s.rec.Good, s.files.live())

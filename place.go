@@ -190,6 +190,9 @@ func (p place) rootsAlone() bool {
 	return isRoots && st.Mode&0o022 == 0
 }
 
+// isRootsDir says that the place is a directory in which nobody but root can change anything.
+func (p place) isRootsDir() bool { return p.kind() == syscall.S_IFDIR && p.rootsAlone() }
+
 // isDir says of what stat(2) found whether it is a directory.
 func isDir(st syscall.Stat_t) bool { return st.Mode&syscall.S_IFMT == syscall.S_IFDIR }
 

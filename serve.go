@@ -107,8 +107,7 @@ func (s *Service) watch(ctx context.Context) error {
 // trouble only what was not seen before is.
 func (s *Service) stillUp(ctx context.Context) error {
 	u := s.unit.Load()
-	hadTrouble := s.last == nil || s.last.err != nil
-	wasSeen := u == nil || u.at.Before(s.facts.seenAt) || hadTrouble && u.at.Equal(s.facts.seenAt)
+	wasSeen := u == nil || u.at.Before(s.facts.seenAt) || s.hadTrouble() && u.at.Equal(s.facts.seenAt)
 	if wasSeen {
 		now, err := showUnit(ctx, s.service)
 		if err != nil {

@@ -241,15 +241,20 @@ func (s *Service) stuck(now time.Time) bool {
 	return d != 0 && now.Unix() > d
 }
 
+// hadTrouble says whether the last pass failed, or there was none yet.
+func (s *Service) hadTrouble() bool { return s.last == nil || s.last.err != nil }
+
+// ends says whether there is a pin, and a time when it ends by itself.
+func (p *pin) ends() bool { return p != nil && !p.Until.IsZero() }
+
 // retry says when the next pass is due if nothing else asks for one; zero is never.
 func (s *Service) retry(backoff time.Duration) (wait, next time.Duration) {
-	failed := s.last == nil || s.last.err != nil
-	if failed || s.rec.Suspect != nil { // what was refused waits for another commit or an operator
+	if s.hadTrouble() || s.rec.Suspect != nil { // what was refused waits for another commit or an operator
 		next = min(max(2*backoff, 5*time.Second), s.interval)
 		wait = next
 	}
 	p := s.rec.Pin
-	if p == nil || p.Until.IsZero() {
+	if !p.ends() {
 		return wait, next
 	}
 	left := time.Until(p.Until)

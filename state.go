@@ -555,8 +555,7 @@ func (s *Service) settled(now told) error {
 // excuse notes that the last good version fails as well as the suspect, which was not to blame then.
 func (s *Service) excuse(out *outcome) {
 	p := s.rec.Suspect
-	isUnit := errors.As(out.err, new(brokenError)) && !errors.As(out.err, new(recordError))
-	if p == nil || !isUnit || s.files.live().Content != s.rec.Good.Content {
+	if p == nil || !isOfUnit(out.err) || s.files.live().Content != s.rec.Good.Content {
 		return
 	}
 	if !p.Excused {

@@ -70,7 +70,7 @@ func (f *files) isLaidOut(top place) bool {
 		return false
 	}
 	defer ours.close()
-	if ours.kind() != syscall.S_IFDIR || !ours.rootsAlone() {
+	if !ours.isRootsDir() {
 		return false
 	}
 
@@ -91,6 +91,9 @@ func (f *files) isLaidOut(top place) bool {
 	}
 	return true
 }
+
+// goesOn says whether a directory is worked in as it is, and not laid out anew.
+func (f *files) goesOn(top place) bool { return isFresh(top) || f.isLaidOut(top) }
 
 // outerLinks returns the links that lie in no other link.
 func (f *files) outerLinks() []dir {
