@@ -424,6 +424,6 @@ func (c *clone) fetchBlobs(ctx context.Context, lacks []byte) error {
 
 // isHash says whether s is the full id of an object, SHA-1 or SHA-256.
 func isHash(s string) bool {
-	known := len(s) == 40 || len(s) == 64
+	known := slices.Contains([]int{40, 64}, len(s)) // digits
 	return known && strings.Trim(s, "0123456789abcdef") == ""
 }

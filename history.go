@@ -9,7 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/exec"
+
 	"path"
 	"path/filepath"
 	"regexp"
@@ -363,7 +363,7 @@ func (u *upstream) diff(ctx context.Context, from, to string, dirs []dir) (text 
 	cmd.Dir = work
 	text, err = runGit(ctx, "diff", cmd, diffLimit)
 	text = diffHeader.ReplaceAllFunc(text, nameBoth)
-	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() == 1 {
+	if exitCode(err) == 1 {
 		err = nil // they differ
 	}
 	return text, err
@@ -431,7 +431,7 @@ func escaped(text []byte, limit int) string {
 			break
 		}
 		for _, r := range string(line) {
-			isPlain := r == '\n' || r == '\t' || unicode.IsPrint(r)
+			isPlain := strings.ContainsRune("\n\t", r) || unicode.IsPrint(r)
 			if isPlain {
 				b.WriteRune(r)
 			} else {

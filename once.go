@@ -51,7 +51,7 @@ func (a *agent) onePass(services []*Service, upstreams []*upstream, stdout io.Wr
 		st := s.Status()
 		line := fmt.Sprintf("%s %.8s %s %s", s.service, st.Commit, st.State, st.Info)
 		fmt.Fprintln(stdout, strings.TrimSpace(line))
-		if st.state != stateOK && st.state != stateFreeze {
+		if !slices.Contains([]state{stateOK, stateFreeze}, st.state) {
 			err = errors.New("not all services are OK")
 		}
 	}

@@ -287,7 +287,7 @@ func parseOp(words []string, now time.Time) (op, error) {
 		return o, sshError("Bad Request", "a reason has at most %d bytes", maxReason)
 	}
 	first, _, _ := strings.Cut(strings.ToLower(o.reason), " ")
-	if o.verb == "freeze" && (first == "until" || first == "for") {
+	if o.verb == "freeze" && slices.Contains([]string{"until", "for"}, first) {
 		return o, sshError("Bad Request", "a reason that begins with %q reads like an end: say an end as a "+
 			"duration in one word, such as 90m, 1h30m, 2d or 1w, right after the service, and begin the "+
 			"reason otherwise", first)

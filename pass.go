@@ -177,7 +177,7 @@ func (s *Service) choose(ctx context.Context, out *outcome) *candidate {
 		out.err = cmp.Or(out.err, err)
 	}
 	rest := s.rest(ctx, live)
-	isNoOther := rest.Commit == "" || rest.Commit == want.Commit
+	isNoOther := slices.Contains([]string{"", want.Commit}, rest.Commit)
 	if s.rec.Pin != nil || isNoOther || ctx.Err() != nil {
 		return nil
 	}
@@ -284,8 +284,9 @@ func (s *Service) rest(ctx context.Context, live version) version {
 // and the check say of it. A *refusal says why it must not. What runs is not examined again, and neither is a
 // pin, which was when it was made, unless the dirs show something else of it now.
 func (s *Service) examine(ctx context.Context, v, live version) (*candidate, error) {
-	isNew := s.rec.Pin == nil && v.Commit != s.facts.tip.Commit
-	if s.signers != "" && isNew && v.Commit != live.Commit && v.Commit != s.rec.Good.Commit {
+	known := []string{s.facts.tip.Commit, live.Commit, s.rec.Good.Commit}
+	isNew := s.rec.Pin == nil && !slices.Contains(known, v.Commit)
+	if s.signers != "" && isNew {
 		if err := s.verify(ctx, v.Commit, live); err != nil {
 			return nil, err
 		}
@@ -312,8 +313,9 @@ func (s *Service) verify(ctx context.Context, commit string, live version) error
 	s.step("verify signature")
 	s.within(fetchLimit)
 	older := s.rec.Newest.Commit
-	if s.rec.Pin == nil && older != "" && live.Commit != "" && live.Commit != s.rec.Good.Commit {
-		older = live.Commit // on trial, and perhaps too new to be in the record
+	isOnTrial := !slices.Contains([]string{"", s.rec.Good.Commit}, live.Commit)
+	if s.rec.Pin == nil && older != "" && isOnTrial {
+		older = live.Commit // perhaps too new to be in the record
 	}
 	if older != "" {
 		if err := s.up.descends(ctx, commit, older); err != nil {

@@ -423,7 +423,7 @@ func (p place) Read(b []byte) (int, error) {
 func (p place) Write(b []byte) (done int, err error) {
 	for done < len(b) {
 		n, err := syscall.Write(p.fd, b[done:])
-		if err != nil && err != syscall.EINTR {
+		if except(err, syscall.EINTR) != nil {
 			return done, err
 		}
 		done += max(n, 0)

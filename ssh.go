@@ -358,7 +358,7 @@ func (s *sshServer) session(ctx context.Context, c *sshConn, nc ssh.NewChannel) 
 
 	used := false
 	for r := range requests { // never wait here: it would stop the whole connection, and for ever
-		isCommand := r.Type == "exec" || r.Type == "shell" // a shell is told what to say
+		isCommand := slices.Contains([]string{"exec", "shell"}, r.Type) // a shell is told what to say
 		if used || !isCommand {
 			_ = r.Reply(false, nil)
 			continue

@@ -68,7 +68,7 @@ const (
 
 // note remembers how the unit is left.
 func (t *told) note(u *unit, action string) {
-	isDown := t.Left == leftDown || t.Left == leftStopped
+	isDown := slices.Contains([]string{leftDown, leftStopped}, t.Left)
 	switch {
 	case u.well(action):
 		if isDown || u.is["UnitFileState"] != "" { // which a list of units does not tell

@@ -328,7 +328,7 @@ func (w *walker) entryAt(top, p string) (entry, error) {
 		}
 
 		for _, e := range list {
-			isRead := e.name == ".gitattributes" || e.name == ".gitignore"
+			isRead := slices.Contains([]string{".gitattributes", ".gitignore"}, e.name)
 			if isRead && strings.HasPrefix(e.mode, "100") {
 				w.above[path.Join(at.name, e.name)] = blob{e.mode, e.id}
 			}

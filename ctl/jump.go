@@ -85,6 +85,6 @@ func through(ctx context.Context, bastion string) way {
 
 // lastWords returns the last lines of what ssh said: a banner may stand before them.
 func lastWords(said string) string {
-	lines := strings.FieldsFunc(said, func(r rune) bool { return r == '\n' || r == '\r' })
+	lines := strings.FieldsFunc(said, func(r rune) bool { return strings.ContainsRune("\r\n", r) })
 	return cmp.Or(strings.Join(lines[max(0, len(lines)-2):], "; "), "ssh ended without a word")
 }
