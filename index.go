@@ -131,7 +131,9 @@ func indexText(shown tree, beside []entry, digits int) ([]byte, error) {
 		number(flags)
 		b = append(b, e.name...)
 		b = append(b, make([]byte, 8-(len(b)-start)%8)...)
-		hasDirectories = hasDirectories || e.mode == "40000"
+		if e.mode == "40000" {
+			hasDirectories = true
+		}
 	}
 
 	if hasDirectories {

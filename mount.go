@@ -117,9 +117,10 @@ func setAsides(checkout string) (found []string) {
 	changed := map[string]int64{}
 	entries, _ := os.ReadDir(filepath.Dir(checkout))
 	for _, e := range entries {
-		fi, err := e.Info()
-		isAside := strings.HasPrefix(e.Name(), filepath.Base(checkout)+".before")
-		if err == nil && isAside {
+		if !strings.HasPrefix(e.Name(), filepath.Base(checkout)+".before") {
+			continue
+		}
+		if fi, err := e.Info(); err == nil {
 			name := filepath.Join(filepath.Dir(checkout), e.Name())
 			changed[name] = fi.Sys().(*syscall.Stat_t).Ctim.Nano()
 			found = append(found, name)

@@ -114,9 +114,10 @@ func (s *Service) ensureReady(ctx context.Context) error {
 	if s.files.live().Commit == "" && s.rec.Told.Commit != "" {
 		known, err = s.up.tree(ctx, s.rec.Told.Commit, s.dirs)
 		l := s.up.looked(s.branch)
-		isRefused := errors.As(err, new(*refusal))
-		isGone := errors.Is(err, errMissing) && l.err == nil // what differs is then kept as somebody's own
-		if err != nil && !isRefused && !isGone {
+		switch {
+		case err == nil, errors.As(err, new(*refusal)):
+		case errors.Is(err, errMissing) && l.err == nil: // what differs is then kept as somebody's own
+		default:
 			return cmp.Or(l.err, err)
 		}
 	}
@@ -529,8 +530,8 @@ func (s *Service) keepEdits(c *candidate) error {
 		slog.Warn(fmt.Sprintf("%s: somebody's own was in the way of a commit, kept as %s",
 			s.service, someOf(owns)))
 	}
-	if len(undone) > 0 || len(c.diff.edited) > 0 {
-		n := max(len(undone), len(c.diff.edited)) // a file that was removed leaves nothing to keep
+	// A file that was removed leaves nothing to keep.
+	if n := max(len(undone), len(c.diff.edited)); n > 0 {
 		count.addFloat("gitopper_service_drift_total", labels("service", s.service), float64(n))
 		paths := fmt.Sprintf(": %s; kept: %s", someOf(c.diff.edited), cmp.Or(someOf(undone), "nothing"))
 		s.event(slog.LevelWarn, "local edits undone"+quote(paths))

@@ -129,11 +129,11 @@ func (p *packageCheck) ensure(ctx context.Context, name string, step func(string
 	trouble := p.manager.add(ctx, name)
 	added, err = p.has(ctx, name)
 	switch {
-	case added && trouble != nil: // of another package, or of a script on which its manager does not insist
-		slog.Warn(fmt.Sprintf("package %s is installed, but: %v", name, trouble))
 	case !added:
 		nothing := fmt.Errorf("%s succeeded, but it is not installed", p.manager.install[0])
 		err = fmt.Errorf("package %s: %w", name, cmp.Or(trouble, err, nothing))
+	case trouble != nil: // of another package, or of a script on which its manager does not insist
+		slog.Warn(fmt.Sprintf("package %s is installed, but: %v", name, trouble))
 	}
 	return added, err
 }

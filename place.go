@@ -64,12 +64,15 @@ func openOwn(path string) (place, error) {
 // others can write, the sticky bit must keep them from that.
 func (p place) isSteady() error {
 	st, err := p.stat()
-	isOpen := st.Mode&0o022 != 0 && st.Mode&syscall.S_ISVTX == 0
-	if err == nil && (st.Uid != 0 || isOpen) {
-		at, _ := os.Readlink(p.path())
-		err = isShared(at, st)
+	if err != nil {
+		return err
 	}
-	return err
+	isOpen := st.Mode&0o022 != 0 && st.Mode&syscall.S_ISVTX == 0
+	if st.Uid != 0 || isOpen {
+		at, _ := os.Readlink(p.path())
+		return isShared(at, st)
+	}
+	return nil
 }
 
 func isShared(dir string, st syscall.Stat_t) error {
@@ -99,7 +102,9 @@ func walkPlace(to string, check func(place) error,
 	rest := pathParts(to)
 	p, err := placeAt(-1, "/")
 	for err == nil {
-		trusted = trusted && p.rootsAlone()
+		if trusted {
+			trusted = p.rootsAlone()
+		}
 		if err = check(p); err != nil || len(rest) == 0 {
 			break
 		}

@@ -214,9 +214,11 @@ func (p *parser) conflicts() {
 	}
 	for i := range p.entries {
 		a := &p.entries[i]
-		isWrong := a.machine == "" || a.service == "" // which is told
+		if a.machine == "" || a.service == "" {
+			continue // which is told
+		}
 		for j := range p.entries[:i] {
-			if b := &p.entries[j]; machine(a) == machine(b) && !isWrong {
+			if b := &p.entries[j]; machine(a) == machine(b) {
 				p.rivals(b, a)
 			}
 		}

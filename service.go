@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -352,7 +353,7 @@ func retired(stateDir string, services []*Service) (gone []*Service) {
 			slog.Error(fmt.Sprintf("%s: left the config, its record is broken, mounts stay: %v", name, err))
 			continue
 		}
-		if len(rec.Mounts.Shown) == 0 && len(rec.Mounts.Made) == 0 {
+		if len(rec.Mounts.Shown)+len(rec.Mounts.Made) == 0 {
 			continue
 		}
 		s := &Service{spec: spec{service: name}, shared: shared{stateDir: stateDir}, rec: rec, saved: saved}
@@ -391,8 +392,10 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 			had, status := before[i], s.Status()
 			before[i] = status
 			isNews := s.unit.Swap(now).differs(now)
-			isTried := status.state >= stateBroken // anyway, and soon
-			if isDue := isNews || status == had; isDue && !isTried {
+			if status.state >= stateBroken {
+				continue // it has a pass anyway, and soon
+			}
+			if isNews || status == had {
 				s.nudge()
 			}
 		}
@@ -411,12 +414,14 @@ func (s *Service) conclude(ctx context.Context, out outcome) (ended error) {
 		ended = out.err
 	default:
 		s.last = &out
-		s.facts.ready = s.facts.ready && out.err == nil
+		if out.err != nil {
+			s.facts.ready = false
+		}
 		s.noteTrouble(out.err)
 		s.tally(ctx)
 	}
 	s.publishStatus()
-	if err := s.save(); err != nil && ended == nil && out.err == nil {
+	if err := s.save(); err != nil && cmp.Or(ended, out.err) == nil {
 		s.last.err = err
 		s.publishStatus()
 	}

@@ -520,8 +520,11 @@ func (s *Service) refuse(v version, f *refusal) *refusal {
 		f.Content = ""
 	}
 	isSame := func(o refusal) bool {
-		return o.Content == f.Content && o.Criteria == f.Criteria && o.Reason == f.Reason &&
-			(f.Content != "" || o.Commit == f.Commit)
+		o.Info = f.Info
+		if f.Content != "" { // which says it, whatever the commit
+			o.Commit = f.Commit
+		}
+		return o == *f
 	}
 	if i := slices.IndexFunc(s.rec.Refused, isSame); i >= 0 {
 		return &s.rec.Refused[i]

@@ -175,7 +175,9 @@ func (c *clone) walkNews(ctx context.Context, tips map[string]string, walks map[
 			return nil, false, err
 		}
 		walks[key] = found
-		areNew = areNew && before.content != ""
+		if before.content == "" {
+			areNew = false
+		}
 		if found.content != before.content {
 			found.tree.blobs(blobs)
 			w.above.blobs(blobs)

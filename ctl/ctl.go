@@ -120,6 +120,7 @@ func parse(args []string) options {
 		args = args[1:]
 		name, value, hasValue := strings.Cut(strings.TrimLeft(arg, "-"), "=")
 		needsValue, isKnown := takesValue[name]
+		lacksValue := needsValue && !hasValue
 		switch {
 		case arg == "--":
 			o.literal, args = args, nil
@@ -129,9 +130,9 @@ func parse(args []string) options {
 			o.words = append(o.words, arg)
 		case !isKnown, hasValue && !needsValue:
 			o.wrong = "no such option (a reason with - in front goes behind --): " + arg
-		case needsValue && !hasValue && len(args) == 0:
+		case lacksValue && len(args) == 0:
 			o.wrong = "option needs a value: " + arg
-		case needsValue && !hasValue:
+		case lacksValue:
 			value, args = args[0], args[1:]
 			fallthrough
 		default:
