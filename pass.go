@@ -121,6 +121,7 @@ func (s *Service) ensureReady(ctx context.Context) error {
 			return cmp.Or(l.err, err)
 		}
 	}
+
 	s.within(10 * time.Minute)
 	if err := s.prepare(ctx, known); err != nil {
 		return err
@@ -177,11 +178,13 @@ func (s *Service) choose(ctx context.Context, out *outcome) *candidate {
 	} else {
 		out.err = cmp.Or(out.err, err)
 	}
+
 	rest := s.rest(ctx, live)
 	isNoOther := slices.Contains([]string{"", want.Commit}, rest.Commit)
 	if s.rec.Pin != nil || isNoOther || ctx.Err() != nil {
 		return nil
 	}
+
 	c, err = s.layOut(ctx, rest) // what runs is looked after meanwhile
 	showsMore := rest.Commit == live.Commit && rest.Content != live.Content
 	if err == nil && showsMore { // as other dirs than before show it, which nobody has examined
@@ -208,6 +211,7 @@ func (s *Service) wanted(ctx context.Context, live version, out *outcome) (versi
 	if l.err != nil && counts {
 		out.err = l.err
 	}
+
 	rest := s.rest(ctx, live)
 	if l.tip == "" {
 		if rest.Commit == "" {
@@ -296,6 +300,7 @@ func (s *Service) examine(ctx context.Context, v, live version) (*candidate, err
 		s.facts.tip = v
 		return s.layOut(ctx, v)
 	}
+
 	c, err := s.layOut(ctx, v)
 	p := s.rec.Pin
 	isKnown := v == s.rec.Good || p != nil && (p.Content == "" || s.isOfToday(p.version))
@@ -335,6 +340,7 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 			return nil, err
 		}
 	}
+
 	c = &candidate{version: v}
 	live := s.files.live()
 	if v.Content == live.Content && !s.files.pending() {
@@ -342,6 +348,7 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	} else if c.want, err = s.up.tree(ctx, v.Commit, s.dirs); err != nil {
 		return nil, err
 	}
+
 	compare := s.files.compare
 	if s.plan != nil {
 		compare = s.planCompare
@@ -363,6 +370,7 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	if err := s.up.fetchMissing(ctx, c.want); err != nil || s.plan != nil {
 		return c, err
 	}
+
 	defer s.up.reads.enter(ctx)()
 	ids := c.want.idsOf(c.diff.put)
 	if len(ids) < 64 { // a git that runs already is quicker
@@ -386,6 +394,7 @@ func (s *Service) precheck(ctx context.Context, c *candidate) error {
 			return &refusal{Reason: "config", Info: fmt.Sprintf("commit %.8s: %v", c.Commit, err)}
 		}
 	}
+
 	if len(s.check) == 0 {
 		return nil
 	}
@@ -396,6 +405,7 @@ func (s *Service) precheck(ctx context.Context, c *candidate) error {
 	if err := s.rec.Mounts.makeTargets(s.dirs, s.files.acct, s.save); err != nil {
 		return brokenError{err}
 	}
+
 	s.step("check")
 	s.within(checkLimit)
 	err := runCheck(ctx, checkJob{
@@ -433,6 +443,7 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 		s.rec.Pin.Undo = false // done
 	}
 	s.noteRan(s.files.live())
+
 	err := s.serve(ctx, c.version)
 	isCut := err != nil && ctx.Err() != nil // which says nothing of the unit
 	if isCut || errors.Is(err, errShutdown) {

@@ -45,6 +45,7 @@ func (f *files) isDressed(commit, objects string) bool {
 	if !hasIndex(git, commit) || !lexists(git+"/refs") {
 		return false
 	}
+
 	isYoung := func(s stamp) bool { return time.Since(time.Unix(0, s.ctime)) < youngest }
 	if !slices.ContainsFunc(now.files[:], isYoung) { // else it is read again
 		f.worn = now
@@ -186,6 +187,7 @@ func (f *files) fillGit(top place, name, commit, objects string, index []byte) e
 	if err := os.MkdirAll(git+"/refs", 0o700); err != nil {
 		return err
 	}
+
 	isRight := func(g gitFile) bool { return g.isIn(git) }
 	wrong := slices.DeleteFunc(f.gitFiles(commit, objects), isRight)
 	// Else people's git may have noted something in the index.
@@ -240,6 +242,7 @@ func (f *files) sparse() string {
 		}
 		text += "\n"
 	}
+
 	m := f.load()
 	for _, p := range m.paths {
 		if m.known[p][0].mode == "160000" {

@@ -77,6 +77,7 @@ func newService(sp spec, stateDir string, up *upstream, interval time.Duration, 
 		step:     func(string) {},
 		requests: make(chan request), poke: make(chan struct{}, 1), ended: make(chan struct{}),
 	}
+
 	s.loadRecord()
 	if of := digest(sp.upstream, sp.branch); s.rec.Newest.Of != of {
 		s.rec.Newest = newest{Of: of}
@@ -97,6 +98,7 @@ func (a *agent) assemble(c *config, stateDir string) (services []*Service, upstr
 		}
 		return made[k]
 	}
+
 	if a.upstream != "" {
 		own := a.newOwn(get(a.upstream, ""), stateDir)
 		own.signers, own.rec.Signers = c.signers, c.signers
@@ -105,6 +107,7 @@ func (a *agent) assemble(c *config, stateDir string) (services []*Service, upstr
 		}
 		services = append(services, own)
 	}
+
 	for _, sp := range c.services {
 		services = append(services, newService(sp, stateDir, get(sp.upstream, sp.user), a.interval, a.stop))
 	}
@@ -115,6 +118,7 @@ func (a *agent) assemble(c *config, stateDir string) (services []*Service, upstr
 			}
 		}
 	}
+
 	startCounters(services)
 	a.services.Store(&services)
 	return services, upstreams
@@ -156,6 +160,7 @@ func (s *Service) run() {
 	defer close(s.ended)
 	var queue []request
 	var backoff time.Duration
+
 	// The first look at upstream starts the first pass; where it takes long, the unit is not kept waiting.
 	again := time.NewTimer(5 * time.Second)
 	for s.stop.soft.Err() == nil { // at the end what is queued is not begun, and its operator is told
@@ -180,6 +185,7 @@ func (s *Service) run() {
 		if queue, done = s.work(job, queue); !done {
 			return
 		}
+
 		again.Stop()
 		var wait time.Duration
 		if wait, backoff = s.retry(backoff); wait > 0 {
@@ -254,6 +260,7 @@ func (s *Service) retry(backoff time.Duration) (wait, next time.Duration) {
 		next = min(max(2*backoff, 5*time.Second), s.interval)
 		wait = next
 	}
+
 	p := s.rec.Pin
 	if !p.ends() {
 		return wait, next
@@ -276,6 +283,7 @@ func mountFirst(ctx context.Context, services []*Service) (gone []string) {
 		}
 		gone = append(gone, points...)
 	}
+
 	for _, s := range services {
 		if err := s.mountWhatIsThere(ctx); err != nil {
 			slog.Warn(fmt.Sprintf("%s: not mounted yet: %s", s.service, oneLine(err.Error())))
@@ -348,6 +356,7 @@ func retired(stateDir string, services []*Service) (gone []*Service) {
 		if slices.ContainsFunc(services, func(s *Service) bool { return s.service == name }) {
 			continue
 		}
+
 		rec, saved, err := readRecord(file)
 		if err != nil {
 			slog.Error(fmt.Sprintf("%s: left the config, its record is broken, mounts stay: %v", name, err))
@@ -373,6 +382,7 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 			names, with = append(names, s.service), append(with, s)
 		}
 	}
+
 	ids, before := unitNames{}, make([]*Status, len(with))
 	for wait := interval; len(names) > 0; wait = interval + interval/2 {
 		select {
@@ -380,10 +390,12 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 		case <-ctx.Done():
 			return
 		}
+
 		units, err := lookUnits(ctx, ids, names...)
 		if errors.Is(err, errShutdown) {
 			continue
 		}
+
 		for i, s := range with {
 			var now *unit // where there was an error the service asks for itself, and has it
 			if err == nil {
@@ -420,6 +432,7 @@ func (s *Service) conclude(ctx context.Context, out outcome) (ended error) {
 		s.noteTrouble(out.err)
 		s.tally(ctx)
 	}
+
 	s.publishStatus()
 	if err := s.save(); err != nil && cmp.Or(ended, out.err) == nil {
 		s.last.err = err

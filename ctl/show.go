@@ -89,6 +89,7 @@ func (r *report) add(q question, answer []byte) error {
 	case r.table == nil:
 		r.table = [][]string{slices.Clone(r.heads)}
 	}
+
 	for _, cells := range rows {
 		number := fmt.Sprint(len(r.table) - 1)
 		r.table = append(r.table, append([]string{number, q.host.name}, cells...))
@@ -106,6 +107,7 @@ func (r *report) print(out io.Writer) error {
 			r.table[n] = slices.Delete(row, 1, 2)
 		}
 	}
+
 	width := anyNumber
 	if r.cut {
 		width = columns
@@ -121,6 +123,7 @@ func (r *report) print(out io.Writer) error {
 	for line := range strings.Lines(aligned.String()) {
 		r.text.WriteString(cut(strings.TrimRight(line, " \n"), width) + "\n")
 	}
+
 	_, err := out.Write(r.text.Bytes())
 	return err
 }
@@ -133,6 +136,7 @@ func cutTable(table [][]string) {
 	if len(table) == 0 {
 		return
 	}
+
 	widths := make([]int, len(table[0]))
 	for _, row := range table {
 		for i, cell := range row {
