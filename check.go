@@ -75,10 +75,12 @@ func runCheck(ctx context.Context, j checkJob) error {
 	if err != nil && len(words) > 0 {
 		return fmt.Errorf("check: %s", words)
 	}
+
 	exit := (*exec.ExitError)(nil)
 	if !errors.As(err, &exit) {
 		return err
 	}
+
 	// SIGKILL is what the kernel ends programs with when memory is short, and shells tell so of theirs: that
 	// says nothing of the candidate.
 	status, _ := exit.Sys().(syscall.WaitStatus)
@@ -99,6 +101,7 @@ func runCheckChild() error {
 	if err := json.NewDecoder(os.Stdin).Decode(&job); err != nil {
 		return err
 	}
+
 	null, err := syscall.Open("/dev/null", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 	if err == nil {
 		err = syscall.Dup3(null, 0, 0)
@@ -110,6 +113,7 @@ func runCheckChild() error {
 	if err := job.build(); err != nil {
 		return err
 	}
+
 	exe, err := exec.LookPath(job.Argv[0])
 	if err != nil {
 		return fmt.Errorf("%w: the commit waits", err)
@@ -126,6 +130,7 @@ func runCheckChild() error {
 // build makes every local show the candidate.
 func (j *checkJob) build() error {
 	const proc = syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC
+
 	// First of all, for nothing of ours may reach the host.
 	err := mountAt("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, "")
 	if err == nil {
@@ -166,9 +171,10 @@ func (j *checkJob) show(s shown, n string) error {
 		return err
 	}
 	staged, err := checkout.below(stageDir + "/" + s.Link)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if !isOrLacks(err) {
 		return err
 	}
+
 	live, _ := checkout.below(s.Link)
 	at, err := openPlace(s.Local)
 	if err != nil {
@@ -189,6 +195,7 @@ func (j *checkJob) show(s shown, n string) error {
 	if err != nil {
 		return err
 	}
+
 	over, err := openPlace(s.Local)
 	if err == nil {
 		err = j.removeGone(over, s.Link)
@@ -206,6 +213,7 @@ func overlay(layers []place, at place, n string) (err error) {
 	for _, name := range []string{upper, work, empty} {
 		err = errors.Join(err, os.Mkdir(name, 0o755))
 	}
+
 	options := "upperdir=" + upper + ",workdir=" + work + ",lowerdir="
 	for _, layer := range layers {
 		st, serr := layer.stat()
@@ -241,6 +249,7 @@ func (j *checkJob) removeGone(all place, link string) error {
 		if err != nil {
 			continue // what is staged, or somebody's own, has the place of a directory above it
 		}
+
 		err = syscall.Rmdir(dir.path() + "/" + path.Base(rel))
 		if err == syscall.ENOTDIR && goes[rel] {
 			err = syscall.Unlinkat(dir.fd, path.Base(rel))
@@ -261,6 +270,7 @@ func (s *Service) readCandidate(ctx context.Context, c *candidate, name string) 
 	if err != nil {
 		return nil, err
 	}
+
 	b, isInCommit := c.want[rel]
 	switch {
 	case slices.Contains(c.diff.gone, rel):
@@ -276,6 +286,7 @@ func (s *Service) readCandidate(ctx context.Context, c *candidate, name string) 
 		return nil, err
 	}
 	defer o.close()
+
 	var text bytes.Buffer
 	_, err = o.blob(b.id, &bounded{to: &text})
 	return text.Bytes(), err

@@ -62,6 +62,7 @@ func openClone(u *upstream, dir string) *clone {
 		u: u, dir: dir, tips: map[string]string{}, walks: map[walkKey]walked{}, filter: smallBlobs,
 		spare: make(chan *reader, 4),
 	}
+
 	refs, _ := os.ReadFile(dir + "/packed-refs")
 	for line := range strings.Lines(string(refs)) { // 606eb576... refs/tips/54f1cf40...
 		id, ref, _ := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
@@ -133,6 +134,7 @@ func (u *upstream) tidy(ctx context.Context) error {
 			_ = root.Remove("pack/" + name)
 		}
 	})
+
 	for _, pattern := range []string{"/*.lock", "/shallow*", "/*.new"} {
 		names, _ := filepath.Glob(u.dir + pattern)
 		for _, name := range names {
@@ -152,11 +154,13 @@ func (u *upstream) inObjects(name string, do func(root *os.Root, name string)) {
 		return
 	}
 	defer root.Close()
+
 	d, err := root.OpenFile(name, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return
 	}
 	defer d.Close()
+
 	names, _ := d.Readdirnames(treeEntries)
 	for _, name := range names {
 		do(root, name)
@@ -185,6 +189,7 @@ func (c *clone) parts(digits int, filtered bool) []part {
 	if filtered {
 		config += filteredConfig
 	}
+
 	const open, plain = os.ModeDir | 0o755, 0o644
 	uid := os.Geteuid()
 	return []part{
@@ -214,6 +219,7 @@ func (c *clone) create(ctx context.Context, digits int, filtered bool) error {
 			err = replaceFile(name, []byte(p.text), p.mode)
 		}
 	}
+
 	a := c.u.acct.Load()
 	return errors.Join(err, os.Lchown(c.dir+"/objects", a.uid, a.gid))
 }
@@ -245,6 +251,7 @@ func (c *clone) sound(digits int) error {
 		if err != nil {
 			return damaged{err}
 		}
+
 		uid := int(fi.Sys().(*syscall.Stat_t).Uid)
 		if (part{p.name, fi.Mode() &^ os.ModeSetgid, uid, text}) != p {
 			return damaged{fmt.Errorf("%s is not as we made it: %v of user %d", name, fi.Mode(), uid)}
@@ -263,11 +270,13 @@ func (u *upstream) repack(ctx context.Context) {
 	})
 	// One directory of 256 tells, as in git gc --auto.
 	u.inObjects("17", func(*os.Root, string) { loose += 256 })
+
 	isTidy := packs <= 50 && loose <= 2000
 	if isTidy || u.lockNetwork(ctx) != nil {
 		return
 	}
 	defer u.unlockNetwork()
+
 	c, err := u.ready(ctx)
 	if _, lately := u.tried["repack"]; lately || err != nil {
 		return
@@ -279,7 +288,7 @@ func (u *upstream) repack(ctx context.Context) {
 	}
 	_, err = runGit(ctx, "repack", c.git(args...), fetchLimit)
 	u.tried["repack"] = tried{time.Now(), err}
-	if err != nil && ctx.Err() == nil {
+	if wentWrong(ctx, err) {
 		slog.Warn(fmt.Sprintf("%s: %v", redact(u.url), err))
 	}
 }
@@ -290,6 +299,7 @@ func (c *clone) probe(ctx context.Context) error {
 	if len(c.tips) == 0 {
 		return nil
 	}
+
 	args := slices.AppendSeq([]string{"rev-list", "--quiet"}, maps.Values(c.tips))
 	_, err := runGit(ctx, "rev-list", c.git(args...), fetchLimit)
 	if err = orDamaged(err); errors.As(err, &damaged{}) {
@@ -339,11 +349,13 @@ func (c *clone) fetch(ctx context.Context, limit time.Duration, stdin []byte, ar
 		return fmt.Errorf("statfs %s: %w", c.dir, err)
 	}
 	half := max(1<<20, disk.Bavail*uint64(disk.Bsize)/2)
+
 	fixed := c.settings()
 	if stdin != nil {
 		fixed = append(fixed, "-c", "fetch.negotiationAlgorithm=noop")
 	}
 	fixed = append(fixed, "fetch", "-q", "--no-tags", "--no-write-fetch-head", "--recurse-submodules=no")
+
 	cmd := c.u.networkGit(c.dir, append(fixed, args...)...)
 	words := &tail{}
 	cmd.Stdin, cmd.Stdout = bytes.NewReader(stdin), words // a shallow upstream is only a warning
@@ -383,6 +395,7 @@ func (c *clone) fetchTips(ctx context.Context, remote map[string]string) error {
 	if len(args) == fixed {
 		return nil
 	}
+
 	err := c.fetch(ctx, limit, nil, args...)
 	if args[0] == smallBlobs && errors.As(err, &damaged{}) {
 		c.filter, args[0] = noBlobs, noBlobs
@@ -396,12 +409,14 @@ func (c *clone) missing(ctx context.Context, ids map[string]bool) (lacks []byte,
 	if len(ids) == 0 {
 		return nil, nil
 	}
+
 	cmd := c.git("cat-file", "--batch-check=%(objectname)")
 	cmd.Stdin = bytes.NewReader(idLines(ids))
 	out, err := runGit(ctx, "cat-file", cmd, fetchLimit)
 	if err != nil {
 		return nil, orDamaged(err)
 	}
+
 	for line := range strings.Lines(string(out)) { // 606eb576..., or 606eb576... missing
 		id, is := strings.CutSuffix(line, " missing\n")
 		if is && ids[id] {
@@ -424,6 +439,6 @@ func (c *clone) fetchBlobs(ctx context.Context, lacks []byte) error {
 
 // isHash says whether s is the full id of an object, SHA-1 or SHA-256.
 func isHash(s string) bool {
-	known := len(s) == 40 || len(s) == 64
+	known := slices.Contains([]int{40, 64}, len(s)) // digits
 	return known && strings.Trim(s, "0123456789abcdef") == ""
 }

@@ -104,7 +104,7 @@ type settleTime time.Duration
 
 func (t *settleTime) UnmarshalText(text []byte) error {
 	d, err := time.ParseDuration(string(text))
-	if err == nil && d == d.Abs() && d <= 5*time.Minute {
+	if err == nil && d == min(d.Abs(), 5*time.Minute) {
 		*t = settleTime(d)
 		return nil
 	}
@@ -177,6 +177,7 @@ func (p *parser) parse() {
 		p.errorf("%w", placed(p.text, err))
 		return
 	}
+
 	p.take(spot{name: "top level"}, top, map[string]any{"global": &global, "services": &services})
 	defaults := spec{branch: "main", fallback: true, settle: 3 * time.Second}
 	p.defaults(global, &defaults)
@@ -221,8 +222,10 @@ func placed(text string, err error) error {
 	if !errors.As(err, &perr) {
 		return err
 	}
+
 	at := max(0, min(perr.Position.Start, len(text)))
 	end := max(at, min(at+perr.Position.Len, len(text)))
+
 	switch m := perr.Message; {
 	case atEnd.MatchString(m):
 		perr.Message = strings.Replace(m, `'\x00'`, "end of file", 1)
@@ -275,9 +278,11 @@ func (p *parser) find(key string, n int) string {
 		}
 		count++
 	}
+
 	text := quoted.ReplaceAllStringFunc(p.text, func(s string) string { return strings.Repeat("_", len(s)) })
 	option := regexp.MustCompile(`(?im)(^|[{,])[ \t]*` + regexp.QuoteMeta(name) + `[ \t]*=[ \t]*`)
 	found := option.FindAllStringIndex(text, -1)
+
 	if at < 0 || len(found) != count {
 		return ""
 	}
@@ -297,6 +302,7 @@ func (p *parser) take(where spot, from toml.Primitive, fields map[string]any) (w
 		p.errorf("%s%s: must be a table", p.find(list, p.seen[list]), where.name)
 		return slices.Collect(maps.Keys(fields))
 	}
+
 	known := slices.Sorted(maps.Keys(fields))
 	for _, name := range slices.Sorted(maps.Keys(table)) {
 		key := where.key + strings.ToLower(name)
@@ -308,6 +314,7 @@ func (p *parser) take(where spot, from toml.Primitive, fields map[string]any) (w
 			wrong = append(wrong, resembling(name, known)...)
 			continue
 		}
+
 		if p.md.PrimitiveDecode(table[name], field) != nil {
 			at, want := p.find(key, p.seen[key]), kinds[fmt.Sprintf("%T", field)]
 			p.errorf("%s%s: %s: must be %s", at, where.name, name, want)
@@ -347,6 +354,7 @@ func (p *parser) keys(global spot, keys []toml.Primitive, wrong []string) {
 		p.errorf("[global]: keys: at least one { path = \"FILE\" } is required, " +
 			"a public key that may use the SSH interface")
 	}
+
 	for i, entry := range keys {
 		where := global.inner("keys", i)
 		k, ro := key{rights: mayWrite}, false
@@ -361,6 +369,7 @@ func (p *parser) keys(global spot, keys []toml.Primitive, wrong []string) {
 		if !path.IsAbs(k.path) {
 			k.path = filepath.Join(filepath.Dir(p.file), k.path)
 		}
+
 		var err error
 		if k.text, err = p.read(k.path); err != nil {
 			p.errorf("%s: %w", where.name, err)
@@ -378,6 +387,7 @@ func (p *parser) service(i int, entry toml.Primitive, s spec) {
 	if p.md.PrimitiveDecode(entry, &named); named.Service != "" {
 		where.name += fmt.Sprintf(" %q", named.Service)
 	}
+
 	var dirs []toml.Primitive
 	options := s.options()
 	options["dirs"] = &dirs
@@ -422,10 +432,12 @@ func loadKept(o options) (*config, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	var files map[string]string
 	if err := json.Unmarshal(data, &files); err != nil {
 		return nil, fmt.Errorf("%s: %w", keptFile(o.stateDir), err)
 	}
+
 	return loadConfig(o, func(name string) ([]byte, error) {
 		text, ok := files[name]
 		if !ok {

@@ -562,7 +562,7 @@ func redact(s string) string {
 // oneLine makes a program's words one line of an info or a log, without what could steer a terminal. Marks of
 // private words stay.
 func oneLine(s string) string {
-	lines := strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' })
+	lines := strings.FieldsFunc(s, func(r rune) bool { return strings.ContainsRune("\r\n", r) })
 	s = strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) || strings.ContainsRune(markOpen+markClose, r) {
 			return r

@@ -150,6 +150,7 @@ func (f *files) compareAt(ctx context.Context, top place, want tree) (diff, erro
 		isLive := len(m.known[p]) > 0 && !m.pending()
 		d.add(p, wanted, isLive, there)
 	}
+
 	if err := f.compareDirs(live, want, &d); err != nil {
 		return d, err
 	}
@@ -157,6 +158,7 @@ func (f *files) compareAt(ctx context.Context, top place, want tree) (diff, erro
 		slices.Sort(*list)
 		*list = slices.Compact(*list)
 	}
+
 	if len(d.put)+len(d.gone) == 0 {
 		return d, nil
 	}
@@ -175,6 +177,7 @@ func (f *files) compareDirs(live *descent, want tree, d *diff) error {
 		if err == nil {
 			st, err = at.stat()
 		}
+
 		there, err := f.standing(live, err)
 		if err != nil {
 			return fmt.Errorf("%s/%s: %w", f.dir, p, err)
@@ -201,6 +204,7 @@ func (f *files) directories(want tree) map[string]bool {
 			all[p] = true
 		}
 	}
+
 	for _, l := range f.dirs {
 		if l.kind == aDirectory {
 			maps.Copy(all, dirsOf(slices.Values([]string{l.link + "/."})))
@@ -226,6 +230,7 @@ func (f *files) attrs(p string, b blob) attrs {
 	if gid, ok := f.groups[l.group]; ok {
 		a.gid = gid
 	}
+
 	switch b.mode {
 	case "100644":
 	case "120000":
@@ -273,6 +278,7 @@ func (f *files) findAt(
 	if err == nil {
 		st, err = dir.lstat(name)
 	}
+
 	if there, err := f.standing(live, err); there != asWanted {
 		return there, err
 	}
@@ -284,6 +290,7 @@ func (f *files) findAt(
 	case isOurDir && len(known) == 0:
 		return ours, nil // a directory of ours stands where a file is to be
 	}
+
 	has, err := f.match(ctx, dir, name, place{-1}, &st, known)
 	isLink, wantsLink := has.mode == "120000", want.mode == "120000"
 	isModule := isDir(st) && want.mode == "160000"
@@ -363,6 +370,7 @@ func (f *files) match(ctx context.Context, dir place, name string, file place, s
 	if i < 0 {
 		return blob{}, nil
 	}
+
 	known[i].stamp = stampOf(st)
 	if time.Since(time.Unix(st.Ctim.Unix())) < youngest {
 		known[i].ctime = 0
@@ -417,10 +425,12 @@ func (f *files) mountsInTheWay(top place, d diff) error {
 	if err != nil {
 		return err
 	}
+
 	mounts, err := readMountinfo()
 	if err != nil {
 		return err
 	}
+
 	changes := slices.Concat(d.put, d.gone)
 	for _, m := range mounts {
 		at, below := strings.CutPrefix(m.point, here+"/")
@@ -441,6 +451,7 @@ func (f *files) enough(top place, want tree, d diff) (shortage, error) {
 	for _, p := range d.put {
 		parts = append(parts, p, want[p].id)
 	}
+
 	var fs syscall.Statfs_t
 	if err := syscall.Statfs(top.path(), &fs); err != nil {
 		return shortage{}, err
@@ -449,6 +460,7 @@ func (f *files) enough(top place, want tree, d diff) (shortage, error) {
 	if now.what != f.full.what {
 		return now, nil
 	}
+
 	isMore := func(now, then uint64) bool { return now > then+then/16 }
 	hasRoom := isMore(now.bytes, f.full.bytes) || isMore(now.inodes, f.full.inodes)
 	if !hasRoom {
@@ -466,6 +478,7 @@ func (f *files) probe(top place, want tree) error {
 			return fmt.Errorf("%s/%s: %w", f.dir, name, err)
 		}
 	}
+
 	defer syscall.Rmdir(top.path() + "/" + probe)
 	if err := renameat2(top, stageDir, top, probe, renameExchange); err != nil {
 		return brokenError{fmt.Errorf("the file system of %s can't exchange two names (renameat2(2), "+
@@ -519,6 +532,7 @@ func (f *files) standIn(known tree) {
 	if m.live != (version{}) || len(m.known) > 0 {
 		return
 	}
+
 	lost := map[string][]noted{}
 	for p, b := range known {
 		lost[p] = []noted{{b, stamp{size: -1}}}

@@ -101,8 +101,8 @@ func runGit(ctx context.Context, verb string, cmd *exec.Cmd, limit time.Duration
 	}
 	out, err := execute(ctx, p)
 
-	isAnswer := err == nil || exitCode(err) == 1 // files differ, no such commit
-	if !isAnswer && ctx.Err() == nil {
+	isAnswer := exitCode(err) == 1 // files differ, no such commit
+	if wentWrong(ctx, err) && !isAnswer {
 		count.add("gitopper_machine_git_errors_total", "")
 	}
 	return out, err
@@ -344,7 +344,7 @@ func (u *upstream) advance(ctx context.Context, c *clone, remote map[string]stri
 	if err == nil {
 		err = c.walkTips(ctx, remote)
 	}
-	if err == nil || ctx.Err() != nil {
+	if !wentWrong(ctx, err) {
 		return err
 	}
 	if atLimit.MatchString(err.Error()) {
@@ -582,7 +582,7 @@ func retireUpstreams(ctx context.Context, stateDir string, inUse []*upstream) {
 		if slices.ContainsFunc(inUse, func(u *upstream) bool { return strings.HasPrefix(name, u.dir) }) {
 			continue
 		}
-		if err := removeTree(ctx, name); err != nil && ctx.Err() == nil {
+		if err := removeTree(ctx, name); wentWrong(ctx, err) {
 			slog.Warn(fmt.Sprintf("remove a clone that no service uses: %v", err))
 		}
 	}

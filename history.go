@@ -9,14 +9,13 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/exec"
+
 	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 	"unicode"
 
@@ -105,10 +104,14 @@ func (s *Service) noteOutcome(text string) {
 	}
 }
 
+// isOfUnit says that trouble is with the unit or what it needs, and not with what we remember.
+func isOfUnit(err error) bool {
+	return errors.As(err, new(brokenError)) && !errors.As(err, new(recordError))
+}
+
 // noteTrouble remembers that the unit, or what it needs, is in trouble on what went live last.
 func (s *Service) noteTrouble(err error) {
-	isUnit := errors.As(err, new(brokenError)) && !errors.As(err, new(recordError))
-	if isUnit {
+	if isOfUnit(err) {
 		s.noteOutcome(stateBroken.String() + ": " + oneLine(err.Error()))
 	}
 }
@@ -132,6 +135,7 @@ func (s *Service) tally(ctx context.Context) {
 	if err != nil {
 		tip.Content = tip.Commit // nothing of it can be shown
 	}
+
 	now := waiting{runs: runs.Commit, contents: [2]string{runs.Content, tip.Content}}
 	if runs.Commit == "" || tip.Commit == "" {
 		s.facts.waiting = now
@@ -154,6 +158,7 @@ func (s *Service) tally(ctx context.Context) {
 			now.contents = [2]string{} // git is asked again
 		}
 	}
+
 	if ctx.Err() == nil {
 		s.facts.waiting = now
 	}
@@ -181,6 +186,7 @@ func (u *upstream) history(ctx context.Context, from string, visit func(id strin
 		if err != nil {
 			return err
 		}
+
 		for _, p := range c.parents {
 			if !seen[p] && len(seen) < maxHistory {
 				seen[p] = true
@@ -197,6 +203,7 @@ func (u *upstream) descends(ctx context.Context, commit, older string) error {
 	if older == "" || older == commit {
 		return nil
 	}
+
 	met := false
 	err := u.history(ctx, commit, func(id string) bool {
 		met = id == older
@@ -205,6 +212,7 @@ func (u *upstream) descends(ctx context.Context, commit, older string) error {
 	if err != nil || met {
 		return err
 	}
+
 	info := fmt.Sprintf("commit %.8s does not descend from %.8s, which ran here: "+
 		"push a signed commit on top of that", commit, older)
 	return &refusal{version: version{Commit: commit}, Reason: "signers", Info: info}
@@ -221,6 +229,7 @@ func (u *upstream) named(ctx context.Context, branch, hash string, ran []string)
 		}
 		return true
 	}
+
 	for _, c := range ran {
 		note(c)
 	}
@@ -236,6 +245,7 @@ func (u *upstream) named(ctx context.Context, branch, hash string, ran []string)
 	default:
 		err = u.history(ctx, tip, note)
 	}
+
 	slices.Sort(commits)
 	return slices.Compact(commits), err
 }
@@ -261,11 +271,13 @@ func (u *upstream) between(ctx context.Context, from, to string, dirs []dir) (
 	if err != nil {
 		return nil, 0, err
 	}
+
 	args := []string{"log", "--no-show-signature", "--max-count=" + strconv.Itoa(waitingMax),
 		"--format=%H%x00%ct%x00%an%x00%s", from + ".." + to, "--"}
 	for _, d := range dirs {
 		args = append(args, d.link)
 	}
+
 	out, err := runGit(ctx, "log", c.git(args...), lookLimit)
 	if err != nil {
 		return nil, 0, err
@@ -294,6 +306,7 @@ func (u *upstream) between(ctx context.Context, from, to string, dirs []dir) (
 func (s *Service) preview(ctx context.Context, hash string) (string, error) {
 	limited, cancel := context.WithTimeout(ctx, diffLimit)
 	defer cancel()
+
 	to, err := s.up.looked(s.branch).tip, error(nil)
 	if hash != "" {
 		rec, _, _ := readRecord(recordFile(s.stateDir, s.service)) // without one nothing ran
@@ -302,10 +315,12 @@ func (s *Service) preview(ctx context.Context, hash string) (string, error) {
 	if err == nil && to == "" {
 		err = &opError{status: "Conflict", err: errors.New("upstream's newest commit is not known yet")}
 	}
+
 	var text []byte
 	if err == nil {
 		text, err = s.up.diff(limited, s.Status().Commit, to, s.dirs)
 	}
+
 	switch {
 	case errors.As(err, new(*refusal)):
 		err = &opError{status: "Not Acceptable", err: err}
@@ -328,6 +343,7 @@ func (u *upstream) diff(ctx context.Context, from, to string, dirs []dir) (text 
 			return nil, err
 		}
 	}
+
 	differ := tree{}
 	for i, side := range []string{"a/", "b/"} {
 		for p, b := range sides[i] {
@@ -355,12 +371,13 @@ func (u *upstream) diff(ctx context.Context, from, to string, dirs []dir) (text 
 	if err != nil {
 		return nil, err
 	}
+
 	cmd := gitCommand(account{uid: os.Getuid(), home: "/"}, "", nil,
 		"diff", "--no-index", "--no-prefix", "--no-color", "--no-ext-diff", "--no-textconv", "a", "b")
 	cmd.Dir = work
 	text, err = runGit(ctx, "diff", cmd, diffLimit)
 	text = diffHeader.ReplaceAllFunc(text, nameBoth)
-	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() == 1 {
+	if exitCode(err) == 1 {
 		err = nil // they differ
 	}
 	return text, err
@@ -376,6 +393,7 @@ func nameBoth(header []byte) []byte {
 	if name != again {
 		return header
 	}
+
 	bare := strings.TrimPrefix(name, `"`)
 	quote := name[:len(name)-len(bare)]
 	return fmt.Appendf(nil, "diff --git %sa%s %[1]sb%[2]s", quote, bare[1:])
@@ -389,6 +407,7 @@ func (u *upstream) layBare(ctx context.Context, work string, t tree) error {
 	}
 	defer o.close()
 	o.left = diffRead
+
 	for _, p := range slices.Sorted(maps.Keys(t)) {
 		at, b := filepath.Join(work, p), t[p]
 		if b.mode == "160000" {
@@ -402,6 +421,7 @@ func (u *upstream) layBare(ctx context.Context, work string, t tree) error {
 		if err == nil {
 			err = os.MkdirAll(filepath.Dir(at), 0o700)
 		}
+
 		switch {
 		case err != nil:
 		case b.mode == "120000":
@@ -428,7 +448,7 @@ func escaped(text []byte, limit int) string {
 			break
 		}
 		for _, r := range string(line) {
-			isPlain := r == '\n' || r == '\t' || unicode.IsPrint(r)
+			isPlain := strings.ContainsRune("\n\t", r) || unicode.IsPrint(r)
 			if isPlain {
 				b.WriteRune(r)
 			} else {
@@ -447,6 +467,7 @@ func keptEdits(dir string) string {
 		return "" // nothing is laid out yet
 	}
 	defer top.close()
+
 	edits, err := top.below(editsDir)
 	if err != nil {
 		return ""
@@ -476,8 +497,7 @@ func (p place) each(at string, tell func(p string, size int64)) {
 			continue // it is gone
 		}
 		st, _ := below.stat()
-		isOurs := below.kind() == syscall.S_IFDIR && below.rootsAlone()
-		if isOurs && strings.Count(at, "/") < treeDepth {
+		if below.isRootsDir() && strings.Count(at, "/") < treeDepth {
 			below.each(path.Join(at, name), tell)
 		} else {
 			tell(path.Join(at, name), st.Size)

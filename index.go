@@ -23,6 +23,7 @@ func (u *upstream) index(ctx context.Context, commit string, dirs []dir, shown t
 		}
 		u.git.Store(int32(version))
 	}
+
 	o, err := u.open(ctx)
 	if err != nil {
 		return nil, err
@@ -106,9 +107,11 @@ func indexText(shown tree, beside []entry, digits int) ([]byte, error) {
 	const extended, skipWorktree = 0x4000, 0x4000
 	b := make([]byte, 0, 160*len(all))
 	number := func(v uint32) { b = binary.BigEndian.AppendUint32(b, v) }
+
 	b = append(b, "DIRC"...)
 	number(3)
 	number(uint32(len(all)))
+
 	hasDirectories := false
 	for _, e := range all {
 		start := len(b)
@@ -122,6 +125,7 @@ func indexText(shown tree, beside []entry, digits int) ([]byte, error) {
 		if isShown && e.mode != "160000" {
 			flags &^= skipWorktree
 		}
+
 		b = append(b, make([]byte, 24)...) // times, device and inode
 		number(uint32(indexMode(mode)))
 		b = append(b, make([]byte, 12)...) // owner, group and size
@@ -131,7 +135,9 @@ func indexText(shown tree, beside []entry, digits int) ([]byte, error) {
 		number(flags)
 		b = append(b, e.name...)
 		b = append(b, make([]byte, 8-(len(b)-start)%8)...)
-		hasDirectories = hasDirectories || e.mode == "40000"
+		if e.mode == "40000" {
+			hasDirectories = true
+		}
 	}
 
 	if hasDirectories {

@@ -81,6 +81,7 @@ func (m *manifest) end(want tree) *manifest {
 			known[p] = slices.Clone(was) // finish notes in it what it looks at
 			continue
 		}
+
 		n := noted{stamp: stamp{size: -1}}
 		for _, k := range was {
 			if k.id == b.id {
@@ -105,6 +106,7 @@ func (m *manifest) write(name string) error {
 	b.Grow(200 * len(m.paths))
 	fmt.Fprintf(&b, "gitopper manifest 1\nlive %q %q\nnext %q %q\n",
 		m.live.Commit, m.live.Content, m.next.Commit, m.next.Content)
+
 	var line []byte
 	for _, p := range m.paths {
 		for _, n := range m.known[p] {
@@ -116,6 +118,7 @@ func (m *manifest) write(name string) error {
 			b.Write(append(strconv.AppendQuote(append(line, ' '), p), '\n'))
 		}
 	}
+
 	fmt.Fprintf(&b, "end %s\n", digest(b.String()))
 	return unwritten(writeFile(name, b.Bytes()))
 }
@@ -126,6 +129,7 @@ func readManifest(name string) (*manifest, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	body, end, _ := strings.Cut(string(text), "\nend ")
 	if strings.TrimSpace(end) != digest(body+"\n") {
 		return nil, fmt.Errorf("%s: not whole", name)
@@ -134,6 +138,7 @@ func readManifest(name string) (*manifest, error) {
 	var live, next version
 	_, err = fmt.Sscanf(body, "gitopper manifest 1\nlive %q %q\nnext %q %q",
 		&live.Commit, &live.Content, &next.Commit, &next.Content)
+
 	known := map[string][]noted{}
 	for i, line := range strings.Split(body, "\n") {
 		if err != nil || i < 3 {
@@ -156,6 +161,7 @@ func parseNoted(line string) (n noted, p string, err error) {
 	if len(words) < 7 {
 		return n, "", fmt.Errorf("%q is cut short", line)
 	}
+
 	var errs [5]error
 	n.blob = blob{words[0], words[1]}
 	n.size, errs[0] = strconv.ParseInt(words[2], 10, 64)

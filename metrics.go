@@ -107,6 +107,7 @@ func labels(kv ...string) string {
 func startCounters(services []*Service) {
 	count.addFloat("gitopper_machine_git_ops_total", "", 0)
 	count.addFloat("gitopper_machine_git_errors_total", "", 0)
+
 	for _, s := range services {
 		count.addFloat("gitopper_service_drift_total", labels("service", s.service), 0)
 		for _, reason := range []string{"link", "signers", "check", "fallback", "config"} {
@@ -151,6 +152,7 @@ func writeMetrics(w io.Writer, services []*Service, configOK bool, started time.
 func serviceMetrics(services []*Service) []metric {
 	byName := func(a, b *Service) int { return cmp.Compare(a.service, b.service) }
 	services = slices.SortedFunc(slices.Values(services), byName)
+
 	info, names := make([]sample, len(services)), make([]string, len(services))
 	statuses := make([]*Status, len(services)) // read once, so that all families tell of the same moment
 	shown := map[string]string{}               // upstreams without passwords
@@ -163,6 +165,7 @@ func serviceMetrics(services []*Service) []metric {
 		what := labels("service", s.service, "hash", st.Commit[:min(8, len(st.Commit))], "branch", st.Branch)
 		info[i] = sample{what + "," + shown[st.Upstream], 1}
 	}
+
 	each := func(value func(st *Status) float64) []sample {
 		samples := make([]sample, len(services))
 		for i, st := range statuses {
@@ -240,6 +243,7 @@ func process() (rss, cpu, fds float64) {
 	if syscall.Getrusage(syscall.RUSAGE_SELF, &ru) == nil {
 		cpu = float64(ru.Utime.Nano()+ru.Stime.Nano()) / 1e9
 	}
+
 	if d, err := os.ReadDir("/proc/self/fd"); err == nil {
 		fds = float64(len(d) - 1) // one of them is for reading this
 	}
@@ -292,6 +296,7 @@ func (m monitor) serve(ctx context.Context, l net.Listener) {
 		ReadTimeout: 2 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
 		ConnState: closeOldest(64), ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
 	}
+
 	server.SetKeepAlivesEnabled(false)
 	defer context.AfterFunc(ctx, func() { _ = server.Close() })()
 	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -378,6 +383,7 @@ func (m monitor) writePage(to io.Writer, now time.Time) {
 	w := pageWriter{bufio.NewWriterSize(to, 32<<10)}
 	defer w.Flush()
 	version, _ := ctl.Version()
+
 	config := configWrong
 	if m.configOK() {
 		config = "right"
@@ -416,6 +422,7 @@ func (m monitor) writeServices(w pageWriter, now time.Time) {
 	for _, s := range m.services() {
 		all = append(all, s.Status())
 	}
+
 	slices.SortStableFunc(all, func(a, b *Status) int { return cmp.Compare(b.state, a.state) })
 	for _, st := range all {
 		pending := ""
@@ -425,6 +432,7 @@ func (m monitor) writeServices(w pageWriter, now time.Time) {
 		w.row(serviceRow, st.Service, st.State, st.State, fmt.Sprintf("%.8s", st.Commit), pending,
 			pageTime(st.Change), age(now, st.LastLook), st.Public)
 	}
+
 	if len(all) == 0 {
 		w.row(emptyRow, "none for this host, or none yet")
 	}
@@ -454,6 +462,7 @@ func age(now, t time.Time) string {
 	if t.IsZero() {
 		return "never"
 	}
+
 	since := max(0, now.Sub(t))
 	hours := int(since.Hours())
 	switch {

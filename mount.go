@@ -103,6 +103,7 @@ func (t *mountTable) restore(service string) (errs error) {
 		if i := slices.IndexFunc(places, hasLink); i >= 0 {
 			w.Checkout = places[i]
 		}
+
 		if shows(w.Checkout, w.Link, w.Local) {
 			continue
 		}
@@ -117,14 +118,16 @@ func setAsides(checkout string) (found []string) {
 	changed := map[string]int64{}
 	entries, _ := os.ReadDir(filepath.Dir(checkout))
 	for _, e := range entries {
-		fi, err := e.Info()
-		isAside := strings.HasPrefix(e.Name(), filepath.Base(checkout)+".before")
-		if err == nil && isAside {
+		if !strings.HasPrefix(e.Name(), filepath.Base(checkout)+".before") {
+			continue
+		}
+		if fi, err := e.Info(); err == nil {
 			name := filepath.Join(filepath.Dir(checkout), e.Name())
 			changed[name] = fi.Sys().(*syscall.Stat_t).Ctim.Nano()
 			found = append(found, name)
 		}
 	}
+
 	slices.SortFunc(found, func(a, b string) int { return cmp.Compare(changed[b], changed[a]) })
 	return found
 }
@@ -173,6 +176,7 @@ func (t *mountTable) sweep(
 		if err != nil {
 			return gone, err
 		}
+
 		surplus := slices.DeleteFunc(t.surplus(mounts, wants, wanted), func(m mountPoint) bool {
 			return slices.Contains(stuck, m.point)
 		})
@@ -262,6 +266,11 @@ func (t *mountTable) own(mounts []mountPoint, wants []shown) (own []mountPoint) 
 	return own
 }
 
+// owns says whether a mount, nil for none, is one of ours by the table.
+func (t *mountTable) owns(mounts []mountPoint, m *mountPoint) bool {
+	return m != nil && slices.Contains(t.own(mounts, nil), *m)
+}
+
 // resolve returns where a path leads, also when its end is missing.
 func resolve(name string) string {
 	for at := name; at != "."; at = filepath.Dir(at) { // "/" is there
@@ -289,15 +298,18 @@ func (t *mountTable) mount(service string, w shown, uid int) (err error) {
 			err = fmt.Errorf("mount %q on %s: %w", w.Link, w.Local, err)
 		}
 	}()
+
 	src, err := w.source(uid)
 	if err != nil {
 		return err
 	}
 	defer src.close()
+
 	st, err := src.stat()
 	if err != nil {
 		return err
 	}
+
 	dst, err := makePlace(w.Local, w.Kind, account{uid: int(st.Uid), gid: int(st.Gid)})
 	if err != nil {
 		return err
@@ -313,8 +325,9 @@ func (t *mountTable) mount(service string, w shown, uid int) (err error) {
 	if err != nil {
 		return err
 	}
+
 	top := visible(mounts, resolve(w.Local))
-	if top != nil && slices.Contains(t.own(mounts, nil), *top) {
+	if t.owns(mounts, top) {
 		err = replaceMount(src, dst, w.Local)
 	} else {
 		err = syscall.Mount(src.path(), dst.path(), "", syscall.MS_BIND, "")
@@ -322,6 +335,7 @@ func (t *mountTable) mount(service string, w shown, uid int) (err error) {
 	if err != nil {
 		return err
 	}
+
 	if !shows(w.Checkout, w.Link, w.Local) {
 		return errors.New("it does not show there after it was mounted: another mount covers it")
 	}
@@ -366,6 +380,7 @@ func replaceMount(src, dst place, local string) error {
 	if err := syscall.Unmount(dst.path(), syscall.MNT_DETACH); err != nil {
 		return err
 	}
+
 	beneath, err := openPlace(local)
 	if err != nil {
 		return err
@@ -412,6 +427,7 @@ func unmake(made, needed []string) (stay []string) {
 			stay = append(stay, name)
 			continue
 		}
+
 		dir, err := openPlace(filepath.Dir(name))
 		if err != nil {
 			continue // its directory is gone, or no longer root's to walk
@@ -419,6 +435,7 @@ func unmake(made, needed []string) (stay []string) {
 		at := dir.path() + "/" + filepath.Base(name)
 		st, err := dir.lstat(filepath.Base(name))
 		isEmptyFile := st.Mode&syscall.S_IFMT == syscall.S_IFREG && st.Size == 0
+
 		switch {
 		case isDir(st):
 			err = syscall.Rmdir(at)
@@ -501,6 +518,7 @@ func visible(mounts []mountPoint, point string) *mountPoint {
 			covered[m.parent] = true
 		}
 	}
+
 	for i, m := range slices.Backward(mounts) {
 		if m.point == point && !covered[m.id] {
 			return &mounts[i]

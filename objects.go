@@ -63,6 +63,7 @@ func (c *clone) open(ctx context.Context, ids ...string) (*objects, error) {
 	if isAhead := len(ids) > 0; !isAhead {
 		o.reader = c.spareReader()
 	}
+
 	if o.reader == nil {
 		var err error
 		if o.reader, err = c.start(context.WithoutCancel(ctx), ids); err != nil {
@@ -199,6 +200,7 @@ func (o *objects) copy(id, kind string, limit int64, w io.Writer) (size int64, e
 	if o.err != nil {
 		return 0, o.err
 	}
+
 	o.expect(0)
 	size, err = o.header(id, kind)
 	switch {
@@ -245,11 +247,13 @@ func (o *objects) header(id, kind string) (size int64, err error) {
 	if !isHash(id) {
 		return 0, fmt.Errorf("%.80q is no object id", id)
 	}
+
 	if isNext := len(o.asked) > 0 && o.asked[0] == id; isNext {
 		o.asked = o.asked[1:]
 	} else if _, err := io.WriteString(o.in, id+"\n"); err != nil {
 		return 0, errors.Join(err, io.EOF) // git ended: its own words say more
 	}
+
 	line, err := o.answers.ReadSlice('\n')
 	if err != nil {
 		return 0, err
@@ -279,9 +283,11 @@ func (o *objects) fail(err error) error {
 		case <-time.After(o.c.u.patience):
 		}
 	}
+
 	if errors.As(err, &damaged{}) {
 		o.c.noteDamage(err)
 	}
+
 	o.err = err
 	o.end()
 	return err

@@ -35,6 +35,7 @@ func lookAtAll(ctx context.Context, upstreams []*upstream) {
 func (a *agent) onePass(services []*Service, upstreams []*upstream, stdout io.Writer) error {
 	ctx := a.stop.soft
 	lookAtAll(ctx, upstreams)
+
 	var passes sync.WaitGroup
 	for _, s := range services {
 		passes.Go(func() { s.pass(ctx) })
@@ -48,11 +49,12 @@ func (a *agent) onePass(services []*Service, upstreams []*upstream, stdout io.Wr
 	if a.wrong.Load() != nil { // the last right one did its work; the pass may have brought a right one
 		_, err = a.load()
 	}
+
 	for _, s := range services {
 		st := s.Status()
 		line := fmt.Sprintf("%s %.8s %s %s", s.service, st.Commit, st.State, st.Info)
 		fmt.Fprintln(stdout, strings.TrimSpace(line))
-		if st.state != stateOK && st.state != stateFreeze {
+		if !slices.Contains([]state{stateOK, stateFreeze}, st.state) {
 			err = errors.New("not all services are OK")
 		}
 	}
@@ -96,6 +98,7 @@ func dryRun(ctx context.Context, o options, stdout, stderr io.Writer) error {
 	for _, w := range c.warnings(o) {
 		fmt.Fprintf(stderr, "gitopper: %s\n", w)
 	}
+
 	p, err := a.plan(ctx, c, scratch)
 	for _, line := range p.lines {
 		fmt.Fprintln(stdout, line)
@@ -116,6 +119,7 @@ func borrow(stateDir, scratch string) error {
 	for name, mode := range map[string]os.FileMode{"/services": 0o700, "/upstreams": 0o711} {
 		err = errors.Join(err, os.Mkdir(scratch+name, mode))
 	}
+
 	records, _ := filepath.Glob(recordFile(stateDir, "*"))
 	manifests, _ := filepath.Glob(manifestFile(stateDir, "*"))
 	for _, name := range slices.Concat(records, manifests) {
@@ -123,6 +127,7 @@ func borrow(stateDir, scratch string) error {
 		to := scratch + "/services/" + filepath.Base(name)
 		err = errors.Join(err, readErr, os.WriteFile(to, text, 0o600))
 	}
+
 	clones, _ := filepath.Glob(stateDir + "/upstreams/*/objects")
 	for _, objects := range clones {
 		id := filepath.Base(filepath.Dir(objects))
@@ -144,6 +149,7 @@ func borrowClone(objects, dir string) error {
 			err = errors.Join(err, os.WriteFile(dir+name, text, 0o644))
 		}
 	}
+
 	owner := fi.Sys().(*syscall.Stat_t)
 	return errors.Join(err, os.Mkdir(dir+"/objects", 0o700), os.Mkdir(dir+"/objects/info", 0o755),
 		os.WriteFile(dir+"/objects/info/alternates", []byte(objects+"\n"), 0o644),
@@ -166,6 +172,7 @@ func (a *agent) configToBe(ctx context.Context, scratch string) (c *config, err 
 		next, err = loadConfig(a.options, read)
 		return err
 	}
+
 	lookAtAll(ctx, []*upstream{u})
 	out := own.reconcile(ctx)
 	switch {
@@ -186,6 +193,7 @@ func (a *agent) plan(ctx context.Context, c *config, scratch string) (p *plan, e
 	for i := range mine.services {
 		mine.services[i].imagine(ctx)
 	}
+
 	services, upstreams := a.assemble(&mine, scratch)
 	lookAtAll(ctx, upstreams)
 	if len(c.services) > 0 {
@@ -194,6 +202,7 @@ func (a *agent) plan(ctx context.Context, c *config, scratch string) (p *plan, e
 			err = errors.Join(err, s.sweep(ctx))
 		}
 	}
+
 	for _, s := range services {
 		s.plan = p
 		out := s.reconcile(ctx)
@@ -216,6 +225,7 @@ func (s *spec) imagine(ctx context.Context) {
 	if _, err := lookupAccount(ctx, s.user); err != nil {
 		s.user = ""
 	}
+
 	s.dirs = slices.Clone(s.dirs)
 	for i := range s.dirs {
 		if _, err := groupIDs(ctx, s.dirs[i:i+1]); err != nil {
@@ -243,6 +253,7 @@ func (s *Service) planUnmounts() error {
 	if err != nil {
 		return err
 	}
+
 	wants := wantedShows(s.files.dir, s.dirs)
 	wanted := wantedPoints(wants)
 	for _, m := range s.rec.Mounts.surplus(mounts, wants, wanted) {
@@ -263,11 +274,13 @@ func (s *Service) planDirectory(known tree) error {
 		return err
 	}
 	defer top.close()
+
 	if err := s.mayLieThere(); err != nil {
 		return err
 	}
+
 	_, isNew := top.lstat(ourDir)
-	goesOn := isFresh(top) || s.files.isLaidOut(top)
+	goesOn := s.files.goesOn(top)
 	if isNew != nil || !goesOn {
 		err = s.files.startAnew()
 	}
@@ -284,6 +297,7 @@ func (s *Service) mayLieThere() error {
 	for !lexists(above) {
 		above = filepath.Dir(above)
 	}
+
 	p, err := openSteady(above)
 	if err == nil {
 		p.close()
@@ -297,6 +311,7 @@ func (s *Service) asItIs() (place, error) {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return top, err
 	}
+
 	const empty = "/empty"
 	if err := os.MkdirAll(s.stateDir+empty, 0o700); err != nil {
 		return top, err
@@ -312,8 +327,9 @@ func (s *Service) planCompare(ctx context.Context, want tree) (d diff, err error
 		return d, err
 	}
 	defer top.close()
+
 	d, err = s.files.compareAt(ctx, top, want)
-	if err != nil || isFresh(top) || s.files.isLaidOut(top) {
+	if err != nil || s.files.goesOn(top) {
 		return d, err
 	}
 
@@ -337,6 +353,7 @@ func (d *diff) startAnew(link string, want tree) {
 	for _, list := range []*[]string{&d.put, &d.gone, &d.edited, &d.alien, &d.modes} {
 		*list = slices.DeleteFunc(*list, isIn)
 	}
+
 	d.put = append(d.put, link)
 	for p := range want {
 		if isIn(p) && p != link {
@@ -364,6 +381,7 @@ func (s *Service) planBring(ctx context.Context, c *candidate) error {
 	if mounts+c.diff.changes() > 0 {
 		s.untell()
 	}
+
 	if s.action == "" {
 		return nil
 	}
@@ -423,6 +441,7 @@ func (s *Service) planServe(ctx context.Context, content string) error {
 	if err != nil {
 		return err
 	}
+
 	if isDisabled(s.service, &u) {
 		s.plan.add("enable %s", s.service)
 	}
@@ -453,10 +472,12 @@ func (s *Service) planKept(ctx context.Context, c *candidate) error {
 		if err != nil {
 			return err
 		}
+
 		st, err := dir.lstat(path.Base(p))
 		if err != nil {
 			continue // nothing is there
 		}
+
 		wants := []noted{{c.want[p], stamp{size: -1}}}
 		is, err := s.files.match(ctx, dir, path.Base(p), place{-1}, &st, wants)
 		if err != nil {
@@ -485,9 +506,10 @@ func (s *Service) hides(d dir) (words string, err error) {
 	if err != nil {
 		return "", err
 	}
+
 	t := &s.rec.Mounts
 	top := visible(mounts, resolve(d.local))
-	isOurs := top != nil && slices.Contains(t.own(mounts, nil), *top)
+	isOurs := t.owns(mounts, top)
 	fi, missing := os.Stat(d.local)
 	switch names, notDir := os.ReadDir(d.local); {
 	case isOurs, missing != nil, slices.Contains(t.Made, d.local):

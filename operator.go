@@ -7,7 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
+
 	"log/slog"
 	"regexp"
 	"slices"
@@ -160,6 +160,7 @@ func (s *sshServer) listServices(_ context.Context, c *sshConn, words []string, 
 		}
 		services = []*Service{svc}
 	}
+
 	for _, svc := range services {
 		st := svc.Status()
 		info := st.Public
@@ -191,7 +192,7 @@ func (s *sshServer) listLog(_ context.Context, c *sshConn, words []string, _ fun
 		return nil, err
 	}
 	rec, _, err := readRecord(recordFile(svc.stateDir, words[1]))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if !isOrLacks(err) {
 		return nil, err
 	}
 
@@ -214,12 +215,14 @@ func (s *sshServer) listDiff(ctx context.Context, _ *sshConn, words []string, _ 
 	if err != nil {
 		return nil, err
 	}
+
 	hash := ""
 	if len(words) > 2 {
 		if hash, err = parseHash(words[2]); err != nil {
 			return nil, err
 		}
 	}
+
 	text, err := svc.preview(ctx, hash)
 	return text, err
 }
@@ -257,6 +260,7 @@ func (s *sshServer) change(ctx context.Context, c *sshConn, words []string, step
 	if !isDone {
 		return nil, err
 	}
+
 	answer, _ := s.listServices(ctx, c, words[:2], nil) // the service is there
 	return answer, err
 }
@@ -286,8 +290,9 @@ func parseOp(words []string, now time.Time) (op, error) {
 	if len(o.reason) > maxReason {
 		return o, sshError("Bad Request", "a reason has at most %d bytes", maxReason)
 	}
+
 	first, _, _ := strings.Cut(strings.ToLower(o.reason), " ")
-	if o.verb == "freeze" && (first == "until" || first == "for") {
+	if o.verb == "freeze" && slices.Contains([]string{"until", "for"}, first) {
 		return o, sshError("Bad Request", "a reason that begins with %q reads like an end: say an end as a "+
 			"duration in one word, such as 90m, 1h30m, 2d or 1w, right after the service, and begin the "+
 			"reason otherwise", first)
@@ -316,6 +321,7 @@ func parseDuration(word string) time.Duration {
 	if !isDuration(word) {
 		return 0
 	}
+
 	units := map[string]int64{"s": 1, "m": 60, "h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
 	seconds := int64(0)
 	for _, part := range durationPart.FindAllStringSubmatch(word, -1) {
@@ -334,6 +340,7 @@ func (s *Service) operate(ctx context.Context, o op) error {
 		s.step = o.step
 		defer func() { s.step = func(string) {} }()
 	}
+
 	before, last := s.rec, s.last
 	lookErr, err := s.wish(ctx, o)
 	if err != nil {
@@ -343,6 +350,7 @@ func (s *Service) operate(ctx context.Context, o op) error {
 		s.rec, s.last = before, last
 		return &opError{status: "Internal Server Error", err: err}
 	}
+
 	count.note(s.service, o.verb+" by "+o.who)
 	s.publishStatus()
 
@@ -417,10 +425,12 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 	if err := s.ensureReady(ctx); err != nil {
 		return &opError{status: "Internal Server Error", err: err}
 	}
+
 	commit, err := s.named(ctx, o.hash)
 	if err != nil {
 		return err
 	}
+
 	live := s.files.live()
 	v, err := s.today(ctx, version{Commit: commit}, live)
 	// One that never ran here is judged as upstream's newest, but that it need not descend.
@@ -435,6 +445,7 @@ func (s *Service) rollback(ctx context.Context, o op) error {
 			err = s.precheck(ctx, c)
 		}
 	}
+
 	if errors.As(err, new(*refusal)) {
 		return &opError{status: "Not Acceptable", err: err}
 	}

@@ -62,7 +62,7 @@ func (s *Service) reconcile(ctx context.Context) (out outcome) {
 
 func (s *Service) endFreeze() {
 	p := s.rec.Pin
-	if p == nil || p.Until.IsZero() || time.Now().Before(p.Until) {
+	if !p.ends() || time.Now().Before(p.Until) {
 		return
 	}
 	slog.Info(fmt.Sprintf("%s: freeze has ended: %s", s.service, p.Info))
@@ -114,12 +114,14 @@ func (s *Service) ensureReady(ctx context.Context) error {
 	if s.files.live().Commit == "" && s.rec.Told.Commit != "" {
 		known, err = s.up.tree(ctx, s.rec.Told.Commit, s.dirs)
 		l := s.up.looked(s.branch)
-		isRefused := errors.As(err, new(*refusal))
-		isGone := errors.Is(err, errMissing) && l.err == nil // what differs is then kept as somebody's own
-		if err != nil && !isRefused && !isGone {
+		switch {
+		case err == nil, errors.As(err, new(*refusal)):
+		case errors.Is(err, errMissing) && l.err == nil: // what differs is then kept as somebody's own
+		default:
 			return cmp.Or(l.err, err)
 		}
 	}
+
 	s.within(10 * time.Minute)
 	if err := s.prepare(ctx, known); err != nil {
 		return err
@@ -176,11 +178,13 @@ func (s *Service) choose(ctx context.Context, out *outcome) *candidate {
 	} else {
 		out.err = cmp.Or(out.err, err)
 	}
+
 	rest := s.rest(ctx, live)
-	isNoOther := rest.Commit == "" || rest.Commit == want.Commit
+	isNoOther := slices.Contains([]string{"", want.Commit}, rest.Commit)
 	if s.rec.Pin != nil || isNoOther || ctx.Err() != nil {
 		return nil
 	}
+
 	c, err = s.layOut(ctx, rest) // what runs is looked after meanwhile
 	showsMore := rest.Commit == live.Commit && rest.Content != live.Content
 	if err == nil && showsMore { // as other dirs than before show it, which nobody has examined
@@ -207,6 +211,7 @@ func (s *Service) wanted(ctx context.Context, live version, out *outcome) (versi
 	if l.err != nil && counts {
 		out.err = l.err
 	}
+
 	rest := s.rest(ctx, live)
 	if l.tip == "" {
 		if rest.Commit == "" {
@@ -224,8 +229,8 @@ func (s *Service) wanted(ctx context.Context, live version, out *outcome) (versi
 		out.err = cmp.Or(out.err, err)
 		return rest, nil
 	}
-	if p := s.rec.Suspect; p != nil && p.Content == tip.Content {
-		out.refused = &p.refusal
+	if f := s.suspected(tip); f != nil {
+		out.refused = f
 		return rest, nil
 	}
 	if f := s.refused(tip); f != nil {
@@ -256,10 +261,18 @@ func (s *Service) isOfToday(v version) bool {
 	return strings.HasPrefix(v.Content, s.links[:8])
 }
 
+// suspected returns why a version was taken back, nil if it is not the suspect.
+func (s *Service) suspected(v version) *refusal {
+	if p := s.rec.Suspect; p != nil && p.Content == v.Content {
+		return &p.refusal
+	}
+	return nil
+}
+
 // rest is where to stay when upstream's commit is not to be had: on what runs, unless that itself was taken
 // back.
 func (s *Service) rest(ctx context.Context, live version) version {
-	tookBack := s.refused(live) != nil || s.rec.Suspect != nil && s.rec.Suspect.Content == live.Content
+	tookBack := cmp.Or(s.refused(live), s.suspected(live)) != nil
 	if tookBack && s.rec.Good.Commit != "" {
 		if good, err := s.today(ctx, s.rec.Good, live); err == nil {
 			return good
@@ -276,8 +289,9 @@ func (s *Service) rest(ctx context.Context, live version) version {
 // and the check say of it. A *refusal says why it must not. What runs is not examined again, and neither is a
 // pin, which was when it was made, unless the dirs show something else of it now.
 func (s *Service) examine(ctx context.Context, v, live version) (*candidate, error) {
-	isNew := s.rec.Pin == nil && v.Commit != s.facts.tip.Commit
-	if s.signers != "" && isNew && v.Commit != live.Commit && v.Commit != s.rec.Good.Commit {
+	known := []string{s.facts.tip.Commit, live.Commit, s.rec.Good.Commit}
+	isNew := s.rec.Pin == nil && !slices.Contains(known, v.Commit)
+	if s.signers != "" && isNew {
 		if err := s.verify(ctx, v.Commit, live); err != nil {
 			return nil, err
 		}
@@ -286,6 +300,7 @@ func (s *Service) examine(ctx context.Context, v, live version) (*candidate, err
 		s.facts.tip = v
 		return s.layOut(ctx, v)
 	}
+
 	c, err := s.layOut(ctx, v)
 	p := s.rec.Pin
 	isKnown := v == s.rec.Good || p != nil && (p.Content == "" || s.isOfToday(p.version))
@@ -304,8 +319,9 @@ func (s *Service) verify(ctx context.Context, commit string, live version) error
 	s.step("verify signature")
 	s.within(fetchLimit)
 	older := s.rec.Newest.Commit
-	if s.rec.Pin == nil && older != "" && live.Commit != "" && live.Commit != s.rec.Good.Commit {
-		older = live.Commit // on trial, and perhaps too new to be in the record
+	isOnTrial := !slices.Contains([]string{"", s.rec.Good.Commit}, live.Commit)
+	if s.rec.Pin == nil && older != "" && isOnTrial {
+		older = live.Commit // perhaps too new to be in the record
 	}
 	if older != "" {
 		if err := s.up.descends(ctx, commit, older); err != nil {
@@ -324,6 +340,7 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 			return nil, err
 		}
 	}
+
 	c = &candidate{version: v}
 	live := s.files.live()
 	if v.Content == live.Content && !s.files.pending() {
@@ -331,6 +348,7 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	} else if c.want, err = s.up.tree(ctx, v.Commit, s.dirs); err != nil {
 		return nil, err
 	}
+
 	compare := s.files.compare
 	if s.plan != nil {
 		compare = s.planCompare
@@ -352,6 +370,7 @@ func (s *Service) layOut(ctx context.Context, v version) (c *candidate, err erro
 	if err := s.up.fetchMissing(ctx, c.want); err != nil || s.plan != nil {
 		return c, err
 	}
+
 	defer s.up.reads.enter(ctx)()
 	ids := c.want.idsOf(c.diff.put)
 	if len(ids) < 64 { // a git that runs already is quicker
@@ -375,6 +394,7 @@ func (s *Service) precheck(ctx context.Context, c *candidate) error {
 			return &refusal{Reason: "config", Info: fmt.Sprintf("commit %.8s: %v", c.Commit, err)}
 		}
 	}
+
 	if len(s.check) == 0 {
 		return nil
 	}
@@ -385,6 +405,7 @@ func (s *Service) precheck(ctx context.Context, c *candidate) error {
 	if err := s.rec.Mounts.makeTargets(s.dirs, s.files.acct, s.save); err != nil {
 		return brokenError{err}
 	}
+
 	s.step("check")
 	s.within(checkLimit)
 	err := runCheck(ctx, checkJob{
@@ -422,6 +443,7 @@ func (s *Service) bring(ctx context.Context, c *candidate, out *outcome) error {
 		s.rec.Pin.Undo = false // done
 	}
 	s.noteRan(s.files.live())
+
 	err := s.serve(ctx, c.version)
 	isCut := err != nil && ctx.Err() != nil // which says nothing of the unit
 	if isCut || errors.Is(err, errShutdown) {
@@ -450,7 +472,7 @@ func (s *Service) dress(ctx context.Context, c *candidate, isNew bool) {
 	if err == nil {
 		err = s.files.dress(commit, objects, index)
 	}
-	if err != nil && ctx.Err() == nil {
+	if wentWrong(ctx, err) {
 		slog.Warn(fmt.Sprintf("%s: .git for people: %s", s.service, oneLine(err.Error())))
 	}
 }
@@ -519,8 +541,8 @@ func (s *Service) keepEdits(c *candidate) error {
 		slog.Warn(fmt.Sprintf("%s: somebody's own was in the way of a commit, kept as %s",
 			s.service, someOf(owns)))
 	}
-	if len(undone) > 0 || len(c.diff.edited) > 0 {
-		n := max(len(undone), len(c.diff.edited)) // a file that was removed leaves nothing to keep
+	// A file that was removed leaves nothing to keep.
+	if n := max(len(undone), len(c.diff.edited)); n > 0 {
 		count.addFloat("gitopper_service_drift_total", labels("service", s.service), float64(n))
 		paths := fmt.Sprintf(": %s; kept: %s", someOf(c.diff.edited), cmp.Or(someOf(undone), "nothing"))
 		s.event(slog.LevelWarn, "local edits undone"+quote(paths))
@@ -531,9 +553,10 @@ func (s *Service) keepEdits(c *candidate) error {
 // onTrial says whether trouble with what is live is to be met by the last good version: that one has not
 // settled yet, and another one is known that did.
 func (s *Service) onTrial(ctx context.Context, v version, err error) bool {
-	noFallback := !s.fallback || s.rec.Pin != nil || s.rec.Good.Commit == ""
-	noTrouble := !errors.As(err, new(brokenError)) || errors.As(err, new(recordError))
-	if noFallback || noTrouble || ctx.Err() != nil {
+	switch {
+	case !s.fallback, s.rec.Pin != nil, s.rec.Good.Commit == "":
+		return false
+	case !isOfUnit(err), ctx.Err() != nil: // which says nothing of the commit
 		return false
 	}
 	good, err := s.today(ctx, s.rec.Good, s.files.live())

@@ -45,6 +45,7 @@ func (f *files) isDressed(commit, objects string) bool {
 	if !hasIndex(git, commit) || !lexists(git+"/refs") {
 		return false
 	}
+
 	isYoung := func(s stamp) bool { return time.Since(time.Unix(0, s.ctime)) < youngest }
 	if !slices.ContainsFunc(now.files[:], isYoung) { // else it is read again
 		f.worn = now
@@ -155,9 +156,10 @@ type gitFile struct{ name, text string }
 // isIn says whether the file is in a .git. After our lines of the config may come some of people's.
 func (g gitFile) isIn(git string) bool {
 	got, err := readText(git + "/" + g.name)
-	isWhole := string(got) == g.text
-	hasMore := g.name == "config" && strings.HasPrefix(string(got), g.text)
-	return err == nil && (isWhole || hasMore)
+	if g.name == "config" {
+		got = got[:min(len(got), len(g.text))]
+	}
+	return err == nil && string(got) == g.text
 }
 
 // hasIndex says whether a .git has a whole index.
@@ -185,6 +187,7 @@ func (f *files) fillGit(top place, name, commit, objects string, index []byte) e
 	if err := os.MkdirAll(git+"/refs", 0o700); err != nil {
 		return err
 	}
+
 	isRight := func(g gitFile) bool { return g.isIn(git) }
 	wrong := slices.DeleteFunc(f.gitFiles(commit, objects), isRight)
 	// Else people's git may have noted something in the index.
@@ -239,6 +242,7 @@ func (f *files) sparse() string {
 		}
 		text += "\n"
 	}
+
 	m := f.load()
 	for _, p := range m.paths {
 		if m.known[p][0].mode == "160000" {

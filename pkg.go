@@ -113,6 +113,7 @@ func (p *packageCheck) ensure(ctx context.Context, name string, step func(string
 	if ok, err := p.has(ctx, name); ok || err != nil {
 		return false, err
 	}
+
 	select {
 	case packageLock <- struct{}{}:
 		defer func() { <-packageLock }()
@@ -129,11 +130,11 @@ func (p *packageCheck) ensure(ctx context.Context, name string, step func(string
 	trouble := p.manager.add(ctx, name)
 	added, err = p.has(ctx, name)
 	switch {
-	case added && trouble != nil: // of another package, or of a script on which its manager does not insist
-		slog.Warn(fmt.Sprintf("package %s is installed, but: %v", name, trouble))
 	case !added:
 		nothing := fmt.Errorf("%s succeeded, but it is not installed", p.manager.install[0])
 		err = fmt.Errorf("package %s: %w", name, cmp.Or(trouble, err, nothing))
+	case trouble != nil: // of another package, or of a script on which its manager does not insist
+		slog.Warn(fmt.Sprintf("package %s is installed, but: %v", name, trouble))
 	}
 	return added, err
 }
@@ -143,6 +144,7 @@ func (p *packageCheck) findManager() error {
 	if p.manager != nil {
 		return nil
 	}
+
 	osRelease, err := os.ReadFile("/etc/os-release")
 	if err != nil {
 		osRelease, err = os.ReadFile("/usr/lib/os-release")
@@ -158,6 +160,7 @@ func (p *packageCheck) has(ctx context.Context, name string) (bool, error) {
 	if err := p.findManager(); err != nil {
 		return false, fmt.Errorf("package %s: %w", name, err)
 	}
+
 	m := p.manager
 	now := m.changed() // before the package is asked for, lest a change in between is missed
 	if !now.IsZero() && now.Equal(p.seen) {
@@ -171,6 +174,7 @@ func (p *packageCheck) has(ctx context.Context, name string) (bool, error) {
 	if errors.As(err, &exit) && exit.Exited() {
 		return false, nil // all of them end with another status for a package they don't have
 	}
+
 	words := strings.Fields(string(out)) // one an architecture
 	there := m.installed == "" || slices.Contains(words, m.installed)
 	if err != nil || !there {

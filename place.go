@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -63,12 +64,16 @@ func openOwn(path string) (place, error) {
 // others can write, the sticky bit must keep them from that.
 func (p place) isSteady() error {
 	st, err := p.stat()
-	isOpen := st.Mode&0o022 != 0 && st.Mode&syscall.S_ISVTX == 0
-	if err == nil && (st.Uid != 0 || isOpen) {
-		at, _ := os.Readlink(p.path())
-		err = isShared(at, st)
+	if err != nil {
+		return err
 	}
-	return err
+
+	isOpen := st.Mode&0o022 != 0 && st.Mode&syscall.S_ISVTX == 0
+	if st.Uid != 0 || isOpen {
+		at, _ := os.Readlink(p.path())
+		return isShared(at, st)
+	}
+	return nil
 }
 
 func isShared(dir string, st syscall.Stat_t) error {
@@ -98,10 +103,13 @@ func walkPlace(to string, check func(place) error,
 	rest := pathParts(to)
 	p, err := placeAt(-1, "/")
 	for err == nil {
-		trusted = trusted && p.rootsAlone()
+		if trusted {
+			trusted = p.rootsAlone()
+		}
 		if err = check(p); err != nil || len(rest) == 0 {
 			break
 		}
+
 		name := rest[0]
 		rest = rest[1:]
 		var next place
@@ -121,6 +129,7 @@ func walkPlace(to string, check func(place) error,
 			}
 			rest, links = append(target, rest...), links+1
 		}
+
 		p.close()
 		p = next
 	}
@@ -138,6 +147,7 @@ func (p place) follow(name string, trusted bool) (place, []string, error) {
 		return place{-1}, nil, fmt.Errorf("%q is a symbolic link below a directory that others than root "+
 			"can write: name the directory it points to", name)
 	}
+
 	to, err := os.Readlink(p.path() + "/" + name)
 	if err != nil {
 		return place{-1}, nil, err
@@ -189,6 +199,9 @@ func (p place) rootsAlone() bool {
 	return isRoots && st.Mode&0o022 == 0
 }
 
+// isRootsDir says that the place is a directory in which nobody but root can change anything.
+func (p place) isRootsDir() bool { return p.kind() == syscall.S_IFDIR && p.rootsAlone() }
+
 // isDir says of what stat(2) found whether it is a directory.
 func isDir(st syscall.Stat_t) bool { return st.Mode&syscall.S_IFMT == syscall.S_IFDIR }
 
@@ -196,6 +209,7 @@ func isDir(st syscall.Stat_t) bool { return st.Mode&syscall.S_IFMT == syscall.S_
 func (p place) below(rel string) (at place, err error) {
 	way := &descent{top: p}
 	defer way.close()
+
 	dir, err := way.to(path.Dir(rel))
 	if err == nil {
 		at, err = placeAt(dir.fd, path.Base(rel))
@@ -245,6 +259,7 @@ func renameat2(from place, a string, to place, b string, flags uintptr) error {
 	if err := errors.Join(err1, err2); err != nil {
 		return err
 	}
+
 	_, _, e := syscall.Syscall6(numbers.renameat2, uintptr(from.fd), uintptr(unsafe.Pointer(pa)),
 		uintptr(to.fd), uintptr(unsafe.Pointer(pb)), flags, 0)
 	if e != 0 {
@@ -270,6 +285,7 @@ func (d *descent) to(dir string) (place, error) {
 	if isThere := dir != "" && dir == d.last; isThere {
 		return d.at(), nil
 	}
+
 	names := pathParts(dir)
 	same := 0
 	for same < min(len(names), len(d.names)) && names[same] == d.names[same] {
@@ -277,6 +293,7 @@ func (d *descent) to(dir string) (place, error) {
 	}
 	d.back(same)
 	same = len(d.names)
+
 	if d.jump(names[same:]) {
 		d.last = dir
 		return d.at(), nil
@@ -308,12 +325,14 @@ func (d *descent) jump(names []string) bool {
 	if err != nil || len(names) < 2 {
 		return false
 	}
+
 	how := [3]uint64{openFollowNot | syscall.O_DIRECTORY, 0, resolveNoSymlinks}
 	fd, _, e := syscall.Syscall6(sysOpenat2, uintptr(d.at().fd), uintptr(unsafe.Pointer(at)),
 		uintptr(unsafe.Pointer(&how)), unsafe.Sizeof(how), 0, 0)
 	if e != 0 {
 		return false
 	}
+
 	for range names[1:] {
 		d.open = append(d.open, place{-1})
 	}
@@ -352,6 +371,7 @@ func (p place) names(limit int) ([]string, error) {
 		return nil, err
 	}
 	defer dir.Close()
+
 	names, err := dir.Readdirnames(limit + 1)
 	switch {
 	case err == io.EOF:
@@ -373,6 +393,7 @@ func (p place) lstat(name string) (st syscall.Stat_t, err error) {
 	if numbers.fstatat == 0 {
 		return st, syscall.Lstat(p.path()+"/"+name, &st)
 	}
+
 	at, err := syscall.BytePtrFromString(name)
 	if err != nil {
 		return st, err
@@ -391,6 +412,7 @@ func (p place) openFile(name string) (file place, st syscall.Stat_t, err error) 
 	if err != nil {
 		return place{-1}, st, err
 	}
+
 	file = place{fd}
 	st, err = file.stat()
 	if err == nil && st.Mode&syscall.S_IFMT != syscall.S_IFREG {
@@ -419,7 +441,7 @@ func (p place) Read(b []byte) (int, error) {
 func (p place) Write(b []byte) (done int, err error) {
 	for done < len(b) {
 		n, err := syscall.Write(p.fd, b[done:])
-		if err != nil && err != syscall.EINTR {
+		if except(err, syscall.EINTR) != nil {
 			return done, err
 		}
 		done += max(n, 0)
@@ -488,5 +510,11 @@ func except(err error, fine ...error) error {
 	}
 	return err
 }
+
+// wentWrong says that something failed by itself, and not because ctx has ended.
+func wentWrong(ctx context.Context, err error) bool { return err != nil && ctx.Err() == nil }
+
+// isOrLacks says that there is no error but that a file is missing.
+func isOrLacks(err error) bool { return err == nil || errors.Is(err, fs.ErrNotExist) }
 
 func makePrivate(parent place, name, _ string) error { return syscall.Mkdirat(parent.fd, name, 0o700) }

@@ -46,6 +46,7 @@ func (f *files) stage(ctx context.Context, want tree, d diff,
 			f.full = short
 		}
 	}()
+
 	if err := f.probe(top, want); err != nil {
 		return err
 	}
@@ -63,6 +64,7 @@ func (f *files) stage(ctx context.Context, want tree, d diff,
 			return fmt.Errorf("lay out %s/%s: %w", f.dir, p, err)
 		}
 	}
+
 	// Else a power cut leaves empty files under the names (XFS, ext4 without auto_da_alloc). All is written
 	// first, for then most syncs find their work done.
 	staged := ownDirs(d.put)
@@ -139,6 +141,7 @@ func (f *files) stageOne(ctx context.Context, out *descent, p string, b blob,
 			err = errors.Join(err, a.giveFile(file), syscall.Close(file.fd))
 		}
 	}
+
 	if errors.Is(err, syscall.EEXIST) {
 		return fmt.Errorf("the file system takes it for another name of the commit: %w", err)
 	}
@@ -187,6 +190,7 @@ func (f *files) publish(ctx context.Context, v version, want tree, d diff) error
 		return errors.Join(err, os.RemoveAll(top.path()+"/"+stageDir))
 	}
 	f.m = m
+
 	w, err := f.openPublish(top)
 	if err != nil {
 		return fmt.Errorf("%s/%s: %w", f.dir, publishDir, err)
@@ -206,6 +210,7 @@ func (f *files) publish(ctx context.Context, v version, want tree, d diff) error
 			}
 		}
 	}
+
 	w.removeEmpty(want)
 	w.live.back(0) // what it holds may have been moved away
 	changed := ownDirs(slices.Concat(d.put, d.gone))
@@ -244,6 +249,7 @@ func (f *files) openPublish(top place) (*swap, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	at, err := top.below(publishDir)
 	out := &descent{top: at, make: makePrivate}
 	return &swap{f: f, live: &descent{top: top}, out: out, tops: map[string]bool{}}, err
@@ -277,6 +283,7 @@ func (w *swap) put(p string) error {
 		} else if missing != nil {
 			return missing
 		}
+
 		staged, err2 := w.out.to(path.Dir(name))
 		if err2 != nil {
 			return err2
@@ -330,6 +337,7 @@ func (w *swap) takeOut(p string) error {
 	if err != nil {
 		return except(err, noPath...) // it went with a directory above it
 	}
+
 	base := path.Base(p)
 	isModule := func(n noted) bool { return n.mode == "160000" }
 	if slices.ContainsFunc(w.f.m.known[p], isModule) {
@@ -337,6 +345,7 @@ func (w *swap) takeOut(p string) error {
 			return nil // it is gone, or somebody uses it
 		}
 	}
+
 	out, err := w.out.to(path.Dir(p))
 	if err == nil {
 		err = renameat2(dir, base, out, base, renameNoReplace)
@@ -379,8 +388,9 @@ func (f *files) finish(ctx context.Context) (kept []string, err error) {
 		}
 		f.m, f.after, f.staged = f.after, nil, nil
 	}
+
 	f.cut = false
-	if err := f.prune(ctx, ours); err != nil && ctx.Err() == nil {
+	if err := f.prune(ctx, ours); wentWrong(ctx, err) {
 		slog.Warn(err.Error())
 	}
 	return s.kept, nil
@@ -404,6 +414,7 @@ func (s *sorter) all(ctx context.Context) error {
 			return err
 		}
 	}
+
 	outs, err := filepath.Glob(s.ours.path() + "/publish*")
 	for _, out := range outs {
 		if err == nil {
@@ -420,10 +431,12 @@ func (s *sorter) empty(ctx context.Context, parent place, name, at string) error
 		return err
 	}
 	defer dir.close()
+
 	names, err := dir.names(maxEntries)
 	if err != nil {
 		return err
 	}
+
 	for _, n := range names {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -449,8 +462,7 @@ func (s *sorter) one(ctx context.Context, dir place, name, p string) error {
 		}
 		return s.discardOrKeep(ctx, p, known)
 	case len(known) > 0, anyBelow(s.f.m.paths, p):
-		err := s.empty(ctx, dir, name, p)
-		if isDone := err == nil || ctx.Err() != nil; isDone {
+		if err := s.empty(ctx, dir, name, p); !wentWrong(ctx, err) {
 			return err
 		}
 	}
@@ -488,9 +500,11 @@ func (f *files) throwAway(ctx context.Context, dir place, name string, known []n
 			return refused == syscall.EAGAIN || isBroken
 		}
 	}
+
 	if isWritten() {
 		return false
 	}
+
 	was, err2 := f.match(ctx, dir, name, file, &st, known)
 	isTheirs := was == blob{} || isWritten()
 	if isTheirs || errors.Join(err, err2) != nil {
@@ -505,6 +519,7 @@ func (s *sorter) keep(dir place, name, p string) (err error) {
 		if s.into == "" {
 			s.into = nextEdits(s.ours)
 		}
+
 		to := &descent{top: s.ours, make: makePrivate}
 		parent, err2 := to.to(path.Join("edits", s.into, path.Dir(p)))
 		if err = err2; err == nil {
@@ -540,11 +555,13 @@ func (f *files) prune(ctx context.Context, ours place) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // there never were any
 	}
+
 	old := slices.DeleteFunc(names, func(entry os.DirEntry) bool {
 		_, at, _ := strings.Cut(entry.Name(), "-")
 		t, err := time.Parse(editsTime, at)
 		return err != nil || time.Since(t) < editsAge
 	})
+
 	for _, entry := range old[:max(0, len(old)-editsKept)] {
 		if err := removeTree(ctx, path.Join(f.dir, editsDir, entry.Name())); err != nil {
 			return err

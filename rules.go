@@ -69,6 +69,7 @@ func (s *spec) validate(stateDir, configFile string) (found mistakes) {
 	isAction := slices.Contains(actions, s.action)
 	found.unless(isAction, "action", s.action, "must be one of "+strings.Join(actions[1:], ", "))
 	found.unless(path.IsAbs(cmp.Or(s.signers, "/")), "signers", s.signers, "must be absolute")
+
 	hasNoWord := s.check != nil && strings.Join(s.check[:min(1, len(s.check))], "") == ""
 	if hasNoWord {
 		found = append(found, mistake{"check", "check: must have at least one word"})
@@ -91,11 +92,13 @@ func (s *spec) validateDir(j int, stateDir, configFile string) (found mistakes) 
 			*value = ""
 		}
 	}
+
 	check("link", &d.link, validLink(d.link))
 	check("local", &d.local, s.validLocal(d.local, stateDir, configFile))
 	if !accountName.MatchString(d.group) {
 		check("group", &d.group, "must be a group's name")
 	}
+
 	d.link, d.local = clean(d.link), clean(d.local)
 	if slices.ContainsFunc(before, d.differs) {
 		check("link", &d.link, "must have the same mode and group wherever it is linked")
@@ -212,11 +215,14 @@ func (p *parser) conflicts() {
 		}
 		return s.machine
 	}
+
 	for i := range p.entries {
 		a := &p.entries[i]
-		isWrong := a.machine == "" || a.service == "" // which is told
+		if a.machine == "" || a.service == "" {
+			continue // which is told
+		}
 		for j := range p.entries[:i] {
-			if b := &p.entries[j]; machine(a) == machine(b) && !isWrong {
+			if b := &p.entries[j]; machine(a) == machine(b) {
 				p.rivals(b, a)
 			}
 		}
@@ -235,11 +241,13 @@ func (p *parser) rivals(a, b *spec) {
 		p.errorf("%s: checkouts %s: must not be the same", who, at)
 		return
 	}
+
 	for _, d := range a.dirs {
 		if i := slices.IndexFunc(b.dirs, d.clashes); i >= 0 {
 			p.errorf("%s: locals %q and %q: must not be the same or nest", who, d.local, b.dirs[i].local)
 		}
 	}
+
 	p.trespass(a, b)
 	p.trespass(b, a)
 }
@@ -278,12 +286,14 @@ func (c *config) warnings(o options) (found []string) {
 		found = append(found, fmt.Sprintf("%s: no entry for this machine (%s): mounts of before stay",
 			o.configPath(), strings.Join(o.names, ", ")))
 	}
+
 	names := slices.Collect(maps.Keys(c.files))
 	for _, s := range c.services {
 		if s.signers != "" {
 			names = append(names, s.signers)
 		}
 	}
+
 	slices.Sort(names)
 	for _, name := range slices.Compact(names) {
 		if slices.ContainsFunc([]string{name, filepath.Dir(name)}, othersWrite) {
@@ -356,6 +366,7 @@ func (o *options) validateBootstrap() error {
 		return fmt.Errorf("-c %q: with -U it must be a file in the directory %s of the repository",
 			o.config, o.directory)
 	}
+
 	own := o.ownSpec()
 	if found := own.validate(o.stateDir, o.configPath()); len(found) > 0 {
 		return fmt.Errorf("bootstrap: %s", found[0].text)

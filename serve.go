@@ -21,6 +21,7 @@ func (s *Service) serve(ctx context.Context, v version) error {
 	case s.action == "":
 		return s.settled(now)
 	}
+
 	isTold, err := s.isTold(ctx, v.Content)
 	switch {
 	case err != nil:
@@ -82,6 +83,7 @@ func (s *Service) toldByBoot(ctx context.Context) (bool, error) {
 	case s.hasUnits(): // systemd may have read its files before the mounts were made
 		return false, nil
 	}
+
 	s.rec.Told.Boot = bootID()
 	s.unit.Store(&u) // the last round's may be older
 	return true, nil
@@ -94,6 +96,7 @@ func (s *Service) watch(ctx context.Context) error {
 	if err != nil || s.action == "restart" {
 		return err
 	}
+
 	for _, d := range s.dirs {
 		if d.local != "" && u.seesOld(d.local) {
 			return fmt.Errorf("unit has private mounts, use action = \"restart\": "+
@@ -107,8 +110,7 @@ func (s *Service) watch(ctx context.Context) error {
 // trouble only what was not seen before is.
 func (s *Service) stillUp(ctx context.Context) error {
 	u := s.unit.Load()
-	hadTrouble := s.last == nil || s.last.err != nil
-	wasSeen := u == nil || u.at.Before(s.facts.seenAt) || hadTrouble && u.at.Equal(s.facts.seenAt)
+	wasSeen := u == nil || u.at.Before(s.facts.seenAt) || s.hadTrouble() && u.at.Equal(s.facts.seenAt)
 	if wasSeen {
 		now, err := showUnit(ctx, s.service)
 		if err != nil {
@@ -116,6 +118,7 @@ func (s *Service) stillUp(ctx context.Context) error {
 		}
 		u = &now
 	}
+
 	isMissing := u.down() && u.says("LoadState", "not-found")
 	if isMissing && s.plan == nil { // it may have been installed anew
 		now, err := loadUnit(ctx, s.service, true)
@@ -124,6 +127,7 @@ func (s *Service) stillUp(ctx context.Context) error {
 		}
 		u = &now
 	}
+
 	s.facts.seenAt = u.at
 	s.rec.Told.note(u, s.action)
 	if !u.well(s.action) {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -76,6 +77,7 @@ func newService(sp spec, stateDir string, up *upstream, interval time.Duration, 
 		step:     func(string) {},
 		requests: make(chan request), poke: make(chan struct{}, 1), ended: make(chan struct{}),
 	}
+
 	s.loadRecord()
 	if of := digest(sp.upstream, sp.branch); s.rec.Newest.Of != of {
 		s.rec.Newest = newest{Of: of}
@@ -96,6 +98,7 @@ func (a *agent) assemble(c *config, stateDir string) (services []*Service, upstr
 		}
 		return made[k]
 	}
+
 	if a.upstream != "" {
 		own := a.newOwn(get(a.upstream, ""), stateDir)
 		own.signers, own.rec.Signers = c.signers, c.signers
@@ -104,6 +107,7 @@ func (a *agent) assemble(c *config, stateDir string) (services []*Service, upstr
 		}
 		services = append(services, own)
 	}
+
 	for _, sp := range c.services {
 		services = append(services, newService(sp, stateDir, get(sp.upstream, sp.user), a.interval, a.stop))
 	}
@@ -114,6 +118,7 @@ func (a *agent) assemble(c *config, stateDir string) (services []*Service, upstr
 			}
 		}
 	}
+
 	startCounters(services)
 	a.services.Store(&services)
 	return services, upstreams
@@ -155,6 +160,7 @@ func (s *Service) run() {
 	defer close(s.ended)
 	var queue []request
 	var backoff time.Duration
+
 	// The first look at upstream starts the first pass; where it takes long, the unit is not kept waiting.
 	again := time.NewTimer(5 * time.Second)
 	for s.stop.soft.Err() == nil { // at the end what is queued is not begun, and its operator is told
@@ -179,6 +185,7 @@ func (s *Service) run() {
 		if queue, done = s.work(job, queue); !done {
 			return
 		}
+
 		again.Stop()
 		var wait time.Duration
 		if wait, backoff = s.retry(backoff); wait > 0 {
@@ -241,15 +248,21 @@ func (s *Service) stuck(now time.Time) bool {
 	return d != 0 && now.Unix() > d
 }
 
+// hadTrouble says whether the last pass failed, or there was none yet.
+func (s *Service) hadTrouble() bool { return s.last == nil || s.last.err != nil }
+
+// ends says whether there is a pin, and a time when it ends by itself.
+func (p *pin) ends() bool { return p != nil && !p.Until.IsZero() }
+
 // retry says when the next pass is due if nothing else asks for one; zero is never.
 func (s *Service) retry(backoff time.Duration) (wait, next time.Duration) {
-	failed := s.last == nil || s.last.err != nil
-	if failed || s.rec.Suspect != nil { // what was refused waits for another commit or an operator
+	if s.hadTrouble() || s.rec.Suspect != nil { // what was refused waits for another commit or an operator
 		next = min(max(2*backoff, 5*time.Second), s.interval)
 		wait = next
 	}
+
 	p := s.rec.Pin
-	if p == nil || p.Until.IsZero() {
+	if !p.ends() {
 		return wait, next
 	}
 	left := time.Until(p.Until)
@@ -270,6 +283,7 @@ func mountFirst(ctx context.Context, services []*Service) (gone []string) {
 		}
 		gone = append(gone, points...)
 	}
+
 	for _, s := range services {
 		if err := s.mountWhatIsThere(ctx); err != nil {
 			slog.Warn(fmt.Sprintf("%s: not mounted yet: %s", s.service, oneLine(err.Error())))
@@ -342,12 +356,13 @@ func retired(stateDir string, services []*Service) (gone []*Service) {
 		if slices.ContainsFunc(services, func(s *Service) bool { return s.service == name }) {
 			continue
 		}
+
 		rec, saved, err := readRecord(file)
 		if err != nil {
 			slog.Error(fmt.Sprintf("%s: left the config, its record is broken, mounts stay: %v", name, err))
 			continue
 		}
-		if len(rec.Mounts.Shown) == 0 && len(rec.Mounts.Made) == 0 {
+		if len(rec.Mounts.Shown)+len(rec.Mounts.Made) == 0 {
 			continue
 		}
 		s := &Service{spec: spec{service: name}, shared: shared{stateDir: stateDir}, rec: rec, saved: saved}
@@ -367,6 +382,7 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 			names, with = append(names, s.service), append(with, s)
 		}
 	}
+
 	ids, before := unitNames{}, make([]*Status, len(with))
 	for wait := interval; len(names) > 0; wait = interval + interval/2 {
 		select {
@@ -374,10 +390,12 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 		case <-ctx.Done():
 			return
 		}
+
 		units, err := lookUnits(ctx, ids, names...)
 		if errors.Is(err, errShutdown) {
 			continue
 		}
+
 		for i, s := range with {
 			var now *unit // where there was an error the service asks for itself, and has it
 			if err == nil {
@@ -386,8 +404,10 @@ func watchUnits(ctx context.Context, services []*Service, interval time.Duration
 			had, status := before[i], s.Status()
 			before[i] = status
 			isNews := s.unit.Swap(now).differs(now)
-			isTried := status.state >= stateBroken // anyway, and soon
-			if isDue := isNews || status == had; isDue && !isTried {
+			if status.state >= stateBroken {
+				continue // it has a pass anyway, and soon
+			}
+			if isNews || status == had {
 				s.nudge()
 			}
 		}
@@ -406,12 +426,15 @@ func (s *Service) conclude(ctx context.Context, out outcome) (ended error) {
 		ended = out.err
 	default:
 		s.last = &out
-		s.facts.ready = s.facts.ready && out.err == nil
+		if out.err != nil {
+			s.facts.ready = false
+		}
 		s.noteTrouble(out.err)
 		s.tally(ctx)
 	}
+
 	s.publishStatus()
-	if err := s.save(); err != nil && ended == nil && out.err == nil {
+	if err := s.save(); err != nil && cmp.Or(ended, out.err) == nil {
 		s.last.err = err
 		s.publishStatus()
 	}

@@ -55,6 +55,7 @@ func newSSHServer(hostKeyFile string, makeKey bool, keys []key, machines []strin
 		return nil, fmt.Errorf("host key %s: %w; make one with: ssh-keygen -t ed25519 -N '' -f FILE, "+
 			"and say --hostkey FILE", hostKeyFile, err)
 	}
+
 	s := &sshServer{
 		machines: machines, actual: actual, services: services, do: (*Service).do,
 		patience: patience{10 * time.Second, time.Minute, 10 * time.Second},
@@ -72,11 +73,13 @@ func newSSHServer(hostKeyFile string, makeKey bool, keys []key, machines []strin
 		ServerVersion: "SSH-2.0-gitopper", MaxAuthTries: 6, PublicKeyCallback: s.keys.authorize,
 		PublicKeyAuthAlgorithms: ssh.SupportedAlgorithms().PublicKeyAuths,
 	}
+
 	// x/crypto's defaults but for SHA-1 and classic Diffie-Hellman, of which a stranger makes us compute ten
 	// times as much.
 	s.config.KeyExchanges = []string{ssh.KeyExchangeMLKEM768X25519, ssh.KeyExchangeCurve25519,
 		ssh.KeyExchangeECDHP256, ssh.KeyExchangeECDHP384}
 	s.config.MACs = []string{ssh.HMACSHA256ETM, ssh.HMACSHA512ETM, ssh.HMACSHA256, ssh.HMACSHA512}
+
 	s.config.AddHostKey(host)
 	slog.Info(fmt.Sprintf("ssh: host key %s %s", hostKeyFile, ssh.FingerprintSHA256(host.PublicKey())))
 	return s, nil
@@ -173,6 +176,7 @@ func (c *sshConn) Read(p []byte) (int, error) {
 		time.Sleep(time.Millisecond)
 		c.burst = 0
 	}
+
 	n, err := c.Conn.Read(p[:min(len(p), burst-c.burst)])
 	c.burst += n
 	if c.quota.Add(-int64(n)) < 0 {
@@ -218,6 +222,7 @@ func (s *sshServer) enter(c *sshConn, who visitor) {
 
 	s.remove(c)
 	s.conns, c.who = append(s.conns, c), who
+
 	group := slices.Clone(s.conns)
 	group = slices.DeleteFunc(group, func(o *sshConn) bool { return o.who.known() != who.known() })
 	source := slices.Clone(group)
@@ -369,7 +374,7 @@ func (s *sshServer) session(ctx context.Context, c *sshConn, nc ssh.NewChannel) 
 
 	used := false
 	for r := range requests { // never wait here: it would stop the whole connection, and for ever
-		isCommand := r.Type == "exec" || r.Type == "shell" // a shell is told what to say
+		isCommand := slices.Contains([]string{"exec", "shell"}, r.Type) // a shell is told what to say
 		if used || !isCommand {
 			_ = r.Reply(false, nil)
 			continue
@@ -498,6 +503,7 @@ func (r *keyring) authorize(m ssh.ConnMetadata, pub ssh.PublicKey) (*ssh.Permiss
 			who = visitor{file: f.path, comment: f.known[i].comment, rights: f.rights}
 		}
 	}
+
 	if !who.known() {
 		user, key := printable(m.User(), 32), ssh.FingerprintSHA256(pub)
 		return nil, fmt.Errorf("user %q: key %s is in no key file", user, key)

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -69,7 +68,7 @@ const (
 
 // note remembers how the unit is left.
 func (t *told) note(u *unit, action string) {
-	isDown := t.Left == leftDown || t.Left == leftStopped
+	isDown := slices.Contains([]string{leftDown, leftStopped}, t.Left)
 	switch {
 	case u.well(action):
 		if isDown || u.is["UnitFileState"] != "" { // which a list of units does not tell
@@ -301,7 +300,7 @@ func firstRecord(data []byte) (rec record) {
 func (s *Service) loadRecord() {
 	file := recordFile(s.stateDir, s.service)
 	rec, saved, err := readRecord(file)
-	if err == nil || errors.Is(err, fs.ErrNotExist) {
+	if isOrLacks(err) {
 		s.rec, s.saved = rec, saved
 		return
 	}
@@ -521,8 +520,11 @@ func (s *Service) refuse(v version, f *refusal) *refusal {
 		f.Content = ""
 	}
 	isSame := func(o refusal) bool {
-		return o.Content == f.Content && o.Criteria == f.Criteria && o.Reason == f.Reason &&
-			(f.Content != "" || o.Commit == f.Commit)
+		o.Info = f.Info
+		if f.Content != "" { // which says it, whatever the commit
+			o.Commit = f.Commit
+		}
+		return o == *f
 	}
 	if i := slices.IndexFunc(s.rec.Refused, isSame); i >= 0 {
 		return &s.rec.Refused[i]
@@ -556,8 +558,7 @@ func (s *Service) settled(now told) error {
 // excuse notes that the last good version fails as well as the suspect, which was not to blame then.
 func (s *Service) excuse(out *outcome) {
 	p := s.rec.Suspect
-	isUnit := errors.As(out.err, new(brokenError)) && !errors.As(out.err, new(recordError))
-	if p == nil || !isUnit || s.files.live().Content != s.rec.Good.Content {
+	if p == nil || !isOfUnit(out.err) || s.files.live().Content != s.rec.Good.Content {
 		return
 	}
 	if !p.Excused {

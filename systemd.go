@@ -62,6 +62,7 @@ func lookUnits(ctx context.Context, ids unitNames, names ...string) ([]unit, err
 	if err != nil {
 		return nil, err
 	}
+
 	isActive := func(id string) bool { return active[id].is != nil }
 	others := slices.DeleteFunc(slices.Clone(names), func(name string) bool { return isActive(ids[name]) })
 	shown, err := show(ctx, others...)
@@ -89,6 +90,7 @@ func showUnit(ctx context.Context, name string) (unit, error) {
 	if err == nil || alone || isForAll {
 		return u, err
 	}
+
 	units, err := showUnits(ctx, []string{name}) // it may be another unit that can't be shown
 	if err != nil {
 		return unit{}, err
@@ -102,14 +104,17 @@ func showUnits(ctx context.Context, names []string) ([]unit, error) {
 	if err != nil {
 		return nil, err
 	}
+
 	var triggers []string
 	for _, u := range units {
 		triggers = append(triggers, u.triggers()...)
 	}
+
 	shown, err := show(ctx, triggers...)
 	isActive := func(id string) bool {
 		return slices.ContainsFunc(shown, func(t unit) bool { return t.is["Id"] == id && t.running() })
 	}
+
 	for i, u := range units {
 		units[i].triggered = slices.ContainsFunc(u.triggers(), isActive)
 	}
@@ -159,6 +164,7 @@ func show(ctx context.Context, names ...string) ([]unit, error) {
 		u.at = now
 		units = append(units, u)
 	}
+
 	isNone := func(u unit) bool { return u.is["Id"] == "" }
 	if len(units) != len(names)+1 || slices.ContainsFunc(units, isNone) {
 		return nil, fmt.Errorf("systemctl show: asked for %d units, got %q", len(names), out)
@@ -294,6 +300,7 @@ func tell(ctx, hard context.Context, name, action string, reload bool, step func
 	if err != nil {
 		return "", err
 	}
+
 	defer acting.enter(ctx)()
 	if ctx.Err() != nil {
 		return "", ctx.Err()
@@ -341,6 +348,7 @@ func loadUnit(ctx context.Context, name string, reload bool) (unit, error) {
 	if err != nil || !isStale && !reload {
 		return u, err
 	}
+
 	if err := daemonReload(ctx); err != nil {
 		return u, err
 	}
@@ -419,6 +427,7 @@ func lastWords(ctx context.Context, id string, start time.Time) string {
 	cmd := exec.Command("journalctl", "-q", "--no-pager", "-o", "cat", "-n", "5", since,
 		"_SYSTEMD_UNIT="+id, "+", "_PID=1", "UNIT="+id, processExit)
 	out, err := execute(ctx, program{name: "journalctl", cmd: cmd, limit: 10 * time.Second})
+
 	words := redact(unmark(oneLine(string(out))))
 	if err != nil || words == "" {
 		return ""
@@ -444,6 +453,7 @@ func settle(ctx context.Context, name, action string, watch time.Duration) (u un
 		watch = max(watch, time.Second) // time to end, and to come back
 		wait = watch
 	}
+
 	for before := (unit{}); ; before = u {
 		select {
 		case <-time.After(min(wait, watch-time.Since(start))):
@@ -557,6 +567,7 @@ func unitFile(exe string, options []string) string {
 	if !slices.ContainsFunc(options, configOption.MatchString) {
 		options = append(slices.Clone(options), "-c", "/etc/gitopper/config.toml")
 	}
+
 	command := unitWord(exe, "$") // the program's own path is not looked through for variables
 	for _, o := range options {
 		command += " " + unitWord(o, "$$")

@@ -25,6 +25,7 @@ func (f *files) takeDirectory() error {
 		return err
 	}
 	defer top.close()
+
 	parent, err := openSteady(filepath.Dir(f.dir))
 	if err != nil {
 		return err
@@ -65,12 +66,13 @@ func (f *files) isLaidOut(top place) bool {
 	if !top.rootsAlone() {
 		return false
 	}
+
 	ours, err := top.below(ourDir)
 	if err != nil {
 		return false
 	}
 	defer ours.close()
-	if ours.kind() != syscall.S_IFDIR || !ours.rootsAlone() {
+	if !ours.isRootsDir() {
 		return false
 	}
 
@@ -92,6 +94,9 @@ func (f *files) isLaidOut(top place) bool {
 	return true
 }
 
+// goesOn says whether a directory is worked in as it is, and not laid out anew.
+func (f *files) goesOn(top place) bool { return isFresh(top) || f.isLaidOut(top) }
+
 // outerLinks returns the links that lie in no other link.
 func (f *files) outerLinks() []dir {
 	return slices.DeleteFunc(slices.Clone(f.dirs), func(d dir) bool {
@@ -108,12 +113,14 @@ func (f *files) layOutAnew(parent place, base string, top place) error {
 	if isFresh(top) {
 		return syscall.Mkdirat(top.fd, ourDir, 0o700)
 	}
+
 	name := base + ".new"
 	if st, err := parent.lstat(name); err == nil && st.Uid != 0 { // somebody planted it
 		if err := f.setAside(parent, name, base); err != nil {
 			return err
 		}
 	}
+
 	fresh, err := makePlace(f.dir+".new", aDirectory, account{uid: os.Getuid(), gid: os.Getgid()})
 	if err != nil {
 		return err
@@ -137,6 +144,7 @@ func (f *files) takeOver(parent place, base string) error {
 		return err
 	}
 	defer old.close()
+
 	fresh, err := placeAt(parent.fd, base)
 	if err != nil {
 		return err
@@ -153,6 +161,7 @@ func (f *files) takeOver(parent place, base string) error {
 			return fmt.Errorf("move %s: %w", n, err)
 		}
 	}
+
 	if err := fresh.sync("."); err != nil {
 		return err
 	}
@@ -175,6 +184,7 @@ func moveOver(old, fresh place, rel string, fits func(syscall.Stat_t) bool) erro
 	if err != nil {
 		return nil // not there
 	}
+
 	name := path.Base(rel)
 	if st, err := dir.lstat(name); err != nil || !fits(st) {
 		return nil
@@ -188,6 +198,7 @@ func moveOver(old, fresh place, rel string, fits func(syscall.Stat_t) bool) erro
 	if err != nil {
 		return err
 	}
+
 	err = renameat2(dir, name, into, name, renameNoReplace)
 	if err == syscall.EEXIST { // moved before; what lies here was made since
 		return nil
@@ -195,6 +206,7 @@ func moveOver(old, fresh place, rel string, fits func(syscall.Stat_t) bool) erro
 	if err != nil {
 		return err
 	}
+
 	if st, err := into.lstat(name); err != nil || !fits(st) {
 		back := renameat2(into, name, dir, name, renameNoReplace)
 		return errors.Join(errors.New("somebody replaced it"), err, back)

@@ -77,6 +77,7 @@ func (u *upstream) walk(ctx context.Context, commit string, dirs []dir) (walked,
 	if ok {
 		return known, nil
 	}
+
 	o, err := u.open(ctx)
 	if err != nil {
 		return walked{}, err
@@ -111,6 +112,7 @@ func (c *clone) walkTips(ctx context.Context, remote map[string]string) error {
 	c.u.mu.Lock()
 	walks := maps.Clone(c.walks)
 	c.u.mu.Unlock()
+
 	blobs, areNew, err := c.walkNews(ctx, tips, walks)
 	if err != nil {
 		return err
@@ -133,6 +135,7 @@ func (c *clone) walkTips(ctx context.Context, remote map[string]string) error {
 	commits := slices.Collect(maps.Values(tips))
 	isOld := func(k walkKey, _ walked) bool { return !slices.Contains(commits, k.commit) }
 	maps.DeleteFunc(walks, isOld)
+
 	c.u.mu.Lock()
 	defer c.u.mu.Unlock()
 	c.tips, c.walks = tips, walks
@@ -174,8 +177,11 @@ func (c *clone) walkNews(ctx context.Context, tips map[string]string, walks map[
 		if err != nil {
 			return nil, false, err
 		}
+
 		walks[key] = found
-		areNew = areNew && before.content != ""
+		if before.content == "" {
+			areNew = false
+		}
 		if found.content != before.content {
 			found.tree.blobs(blobs)
 			w.above.blobs(blobs)
@@ -255,6 +261,7 @@ func (w *walker) list(id string) ([]entry, error) {
 	if err != nil {
 		return nil, w.refusal(id, "%v", err)
 	}
+
 	if w.o.kept += len(list); w.o.kept < 4*treeEntries { // memory is bounded; what is not kept is read again
 		w.o.trees[id] = list
 	}
@@ -300,6 +307,7 @@ func (w *walker) links(dirs []dir) (links []entry, err error) {
 	if err != nil {
 		return nil, err
 	}
+
 	w.committed, w.above = c.at, tree{}
 	for _, d := range dirs {
 		e, err := w.entryAt(c.top, d.link)
@@ -328,11 +336,12 @@ func (w *walker) entryAt(top, p string) (entry, error) {
 		}
 
 		for _, e := range list {
-			isRead := e.name == ".gitattributes" || e.name == ".gitignore"
+			isRead := slices.Contains([]string{".gitattributes", ".gitignore"}, e.name)
 			if isRead && strings.HasPrefix(e.mode, "100") {
 				w.above[path.Join(at.name, e.name)] = blob{e.mode, e.id}
 			}
 		}
+
 		i := slices.IndexFunc(list, func(e entry) bool { return e.name == name })
 		if i < 0 {
 			break
@@ -369,6 +378,7 @@ func (w *walker) add(e entry, depth int) error {
 	case depth > treeDepth:
 		return w.refusal("", "more than %d directories in each other below the links", treeDepth)
 	}
+
 	switch e.mode {
 	case "100644", "100755", "120000", "160000":
 		w.tree[e.name] = blob{e.mode, e.id}
@@ -440,6 +450,7 @@ func (o *objects) commit(id string) (c commitObject, err error) {
 	if c.text, err = o.whole(id, "commit"); err != nil {
 		return c, err
 	}
+
 	var ids []string
 	if head := commitHead.FindSubmatch(c.text[:min(len(c.text), maxHead)]); head != nil {
 		for i, word := range strings.Fields(string(head[1])) {
@@ -472,6 +483,7 @@ func (u *upstream) verify(ctx context.Context, commit, signers string) error {
 	if _, err := os.Stat(signers); err != nil {
 		return fmt.Errorf("signers: %w: put the file there, see ssh-keygen(1), ALLOWED SIGNERS", err)
 	}
+
 	o, err := u.open(ctx)
 	if err != nil {
 		return err
@@ -503,6 +515,7 @@ func (u *upstream) verify(ctx context.Context, commit, signers string) error {
 	case hasRun && exitCode(err) <= 0:
 		return err // killed, or took too long
 	}
+
 	info := fmt.Sprintf("commit %.8s is not signed by one of %s: %v", commit, signers, err)
 	return &refusal{version: version{Commit: commit}, Reason: "signers", Info: info}
 }
@@ -536,10 +549,12 @@ func verifySSH(ctx context.Context, signers, payload, signature string, when tim
 	if err != nil {
 		return err
 	}
+
 	args := []string{"-n", "git", "-f", signers, at}
 	if revoked := signers + ".revoked"; lexists(revoked) {
 		args = append(args, "-r", revoked)
 	}
+
 	err = errors.New("no signer was named")
 	for who := range strings.SplitSeq(strings.TrimSpace(string(out)), "\n") {
 		if _, err = sshKeygen(ctx, "verify", payload, signature, append(args, "-I", who)...); err == nil {
@@ -556,10 +571,12 @@ func sshKeygen(ctx context.Context, verb, payload, signature string, args ...str
 		return nil, err
 	}
 	defer r.Close()
+
 	_, err = io.WriteString(w, signature)
 	if err := errors.Join(err, w.Close()); err != nil {
 		return nil, err
 	}
+
 	cmd := exec.Command("ssh-keygen", append([]string{"-Y", verb, "-s", "/proc/self/fd/3"}, args...)...)
 	cmd.Stdin, cmd.ExtraFiles = strings.NewReader(payload), []*os.File{r}
 	if verb == "verify" {

@@ -82,6 +82,7 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err == nil {
 		return 0
 	}
+
 	if wrong, ok := errors.AsType[*usageError](err); ok {
 		io.WriteString(stderr, wrong.usage)
 	}
@@ -120,6 +121,8 @@ func parse(args []string) options {
 		args = args[1:]
 		name, value, hasValue := strings.Cut(strings.TrimLeft(arg, "-"), "=")
 		needsValue, isKnown := takesValue[name]
+		lacksValue := needsValue && !hasValue
+
 		switch {
 		case arg == "--":
 			o.literal, args = args, nil
@@ -129,9 +132,9 @@ func parse(args []string) options {
 			o.words = append(o.words, arg)
 		case !isKnown, hasValue && !needsValue:
 			o.wrong = "no such option (a reason with - in front goes behind --): " + arg
-		case needsValue && !hasValue && len(args) == 0:
+		case lacksValue && len(args) == 0:
 			o.wrong = "option needs a value: " + arg
-		case needsValue && !hasValue:
+		case lacksValue:
 			value, args = args[0], args[1:]
 			fallthrough
 		default:
@@ -181,6 +184,7 @@ func (c *client) carryOut(ctx context.Context, o options, cmd command, hosts []h
 	for _, h := range hosts {
 		questions = append(questions, question{host: h, label: h.name, path: cmd.path, words: words})
 	}
+
 	var listErr error
 	if o.isForAll() {
 		questions, listErr = c.aboutEach(ctx, questions)
@@ -221,6 +225,7 @@ func (c *client) aboutEach(ctx context.Context, all []question) (each []question
 	for i := range lists {
 		lists[i].path, lists[i].words = "/list/service", nil
 	}
+
 	rest := all[0].words[1:]
 	err = c.each(ctx, lists, listLimit, func(list question, answer []byte) error {
 		rows, err := parseAnswer(answer, serviceHeads)
@@ -261,6 +266,7 @@ func (c command) checkWords(words []string) string {
 	case n > c.max:
 		return fmt.Sprintf("%q is one word too many", words[c.max])
 	}
+
 	for i, w := range words {
 		isBad := func(r rune) bool { return unicode.IsControl(r) || r == ' ' }
 		if i >= c.min { // it may be a reason
@@ -288,6 +294,7 @@ func find(o options) (command, []string, error) {
 			ofVerb += c.usage()
 		}
 	}
+
 	asked := strings.TrimSpace(strings.Join(names, " "))
 	wrong := cmp.Or(o.wrong, fmt.Sprintf("no such command: %q: see gitopper ctl --help", asked))
 	return command{}, nil, &usageError{wrong, cmp.Or(ofVerb, all+hdrUsage)}
@@ -317,6 +324,7 @@ func newClient(ctx context.Context, o options, stderr *lines) (*client, error) {
 	if o.has("J") {
 		c.way = through(ctx, o.value("J"))
 	}
+
 	c.user = os.Getenv("USER")
 	if u, err := user.Current(); err == nil {
 		c.user = u.Username

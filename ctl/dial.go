@@ -48,6 +48,7 @@ func parseHost(arg, port string) (host, error) {
 	if isIP {
 		h = ip.String()
 	}
+
 	// Nothing that has a meaning in known_hosts, where the name will be written.
 	const good = "abcdefghijklmnopqrstuvwxyz0123456789.-_:%"
 	n, err := strconv.ParseUint(p, 10, 16)
@@ -106,6 +107,7 @@ func (c *client) each(ctx context.Context, questions []question, limit time.Dura
 	}
 	outcomes := make([]chan outcome, len(questions))
 	slots := make(chan bool, c.parallel)
+
 	for i, q := range questions {
 		outcomes[i] = make(chan outcome, 1)
 		go func() {
@@ -133,6 +135,7 @@ func (c *client) each(ctx context.Context, questions []question, limit time.Dura
 			c.stderr.print("gitopper ctl: " + q.label + ": " + err.Error())
 		}
 	}
+
 	if unanswered > 0 {
 		return fmt.Errorf("interrupted: no answer from %d of %d hosts; list service shows how things stand",
 			unanswered, len(questions))
@@ -217,6 +220,7 @@ func (c *client) login(ctx context.Context, h host, keys []ssh.Signer) (*ssh.Cli
 	said := strings.ToLower(fmt.Sprint(err))
 	isRefused := strings.Contains(said, "unable to authenticate") ||
 		strings.Contains(said, "too many authentication")
+
 	var host hostKeyError
 	switch {
 	case !stop():
@@ -229,6 +233,7 @@ func (c *client) login(ctx context.Context, h host, keys []ssh.Signer) (*ssh.Cli
 	case isRefused:
 		return nil, errRefused
 	}
+
 	if j, ok := conn.(*jump); ok {
 		err = cmp.Or(<-j.trouble, err)
 	}
@@ -244,6 +249,7 @@ func keepAlive(ctx context.Context, conn ssh.Conn, lost context.CancelCauseFunc)
 			return
 		case <-time.After(aliveEvery):
 		}
+
 		dead := time.AfterFunc(aliveLimit, func() {
 			lost(fmt.Errorf("%w: no sign of life for %v", errLost, aliveLimit))
 		})
@@ -262,6 +268,7 @@ func (c *client) exchange(conn *ssh.Client, q question) ([]byte, error) {
 	}
 	stdout, _ := session.StdoutPipe() // these two can't fail before the start
 	stderr, _ := session.StderrPipe()
+
 	request := strings.Join(slices.Insert(slices.Clone(q.words), 0, q.path), " ")
 	if err := session.Start(request); err != nil {
 		return nil, err

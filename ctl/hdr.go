@@ -45,6 +45,7 @@ func hdr(ctx context.Context, o options, stdout io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", files[0], err)
 	}
+
 	prefix := "# "
 	if o.has("p") {
 		prefix = strings.TrimLeft(o.value("p")+" ", " ")
@@ -68,6 +69,7 @@ func webAddress(ctx context.Context, file string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+
 	origin, err := git(ctx, dir, "remote", "get-url", "origin")
 	if err != nil {
 		return "", err

@@ -28,6 +28,7 @@ func direct(dial func(ctx context.Context, network, addr string) (net.Conn, erro
 		if err == nil {
 			return conn, nil
 		}
+
 		_, port, _ := net.SplitHostPort(addr)
 		hint := fmt.Sprintf(": does gitopper listen there, on port %s?", port)
 		if _, isName := errors.AsType[*net.DNSError](err); isName {
@@ -53,11 +54,13 @@ func through(ctx context.Context, bastion string) way {
 		j := &jump{ours, make(chan error, 1)}
 		ctx, end := context.WithCancel(ctx)
 		cmd := exec.CommandContext(ctx, "ssh", "-W", addr, "--", bastion)
+
 		// A prompt puts the terminal right when it is interrupted. What does not end then is killed.
 		cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 		cmd.WaitDelay = time.Second
 		var said bytes.Buffer
 		cmd.Stdout, cmd.Stderr = theirs, &said
+
 		in, _ := cmd.StdinPipe() // can't fail before the start
 		if err := cmd.Start(); err != nil {
 			end()
@@ -85,6 +88,6 @@ func through(ctx context.Context, bastion string) way {
 
 // lastWords returns the last lines of what ssh said: a banner may stand before them.
 func lastWords(said string) string {
-	lines := strings.FieldsFunc(said, func(r rune) bool { return r == '\n' || r == '\r' })
+	lines := strings.FieldsFunc(said, func(r rune) bool { return strings.ContainsRune("\r\n", r) })
 	return cmp.Or(strings.Join(lines[max(0, len(lines)-2):], "; "), "ssh ended without a word")
 }

@@ -33,6 +33,7 @@ func (k *keys) tried() string {
 	for _, signer := range k.signers {
 		s = append(s, fingerprint(signer.PublicKey()))
 	}
+
 	if len(s) > 5 {
 		s = append(s[:5], fmt.Sprintf("%d more", len(s)-5))
 	}
@@ -72,6 +73,7 @@ func findKeys(ctx context.Context, files []string) (*keys, error) {
 		for _, signer := range signers {
 			k.add(signer)
 		}
+
 		home, err := os.UserHomeDir()
 		k.note(err)
 		for _, name := range []string{"id_ed25519", "id_ecdsa", "id_rsa"} {
@@ -91,6 +93,7 @@ func findKeys(ctx context.Context, files []string) (*keys, error) {
 		}
 		k.note(err)
 	}
+
 	if len(k.signers) == 0 {
 		return nil, fmt.Errorf("no key to log in with: %s: name one with -i, or make one with ssh-keygen",
 			strings.Join(k.notes, ", "))
@@ -124,6 +127,7 @@ func readKey(file string, held inAgent) (ssh.Signer, error) {
 			return s, nil
 		}
 	}
+
 	way := "ssh-agent does not hold it:"
 	if err != nil {
 		way = err.Error() + ": start one and"
@@ -146,6 +150,7 @@ func agentKeys(ctx context.Context) ([]ssh.Signer, error) {
 	if socket == "" {
 		return nil, errors.New("there is no ssh-agent (SSH_AUTH_SOCK is not set)")
 	}
+
 	conn, err := (&net.Dialer{Timeout: dialLimit}).DialContext(ctx, "unix", socket)
 	var signers []ssh.Signer
 	if err == nil {
@@ -155,6 +160,7 @@ func agentKeys(ctx context.Context) ([]ssh.Signer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ssh-agent does not answer: %w", err)
 	}
+
 	if len(signers) == 0 {
 		return nil, errors.New("ssh-agent holds none")
 	}
@@ -200,6 +206,7 @@ func openKnownHosts(file string, system ...string) (*knownHosts, error) {
 		if err != nil {
 			return nil, err
 		}
+
 		files = append(files, name)
 		for i, line := range bytes.Split(text, []byte("\n")) {
 			if bytes.HasPrefix(bytes.TrimLeft(line, " \t"), []byte("@cert-authority")) {
@@ -227,6 +234,7 @@ func (k *knownHosts) lookup(addr string) (at string, plain, authorities []knownh
 	if key := k.added[addr]; key != nil {
 		return addr, []knownhosts.KnownKey{{Key: key, Filename: k.file}}, nil
 	}
+
 	for _, at := range []string{addr, net.JoinHostPort(h, "22")} {
 		var unknown *knownhosts.KeyError
 		if !errors.As(k.check(at, &net.TCPAddr{}, nobody), &unknown) || len(unknown.Want) == 0 {
@@ -334,6 +342,7 @@ func (k *knownHosts) remember(addr string, key ssh.PublicKey) error {
 	if err != nil {
 		return err
 	}
+
 	if len(before) > 0 && before[len(before)-1] != '\n' {
 		line = "\n" + line
 	}

@@ -98,6 +98,7 @@ func (r *report) add(q question, answer []byte) error {
 	case r.table == nil:
 		r.table = [][]string{slices.Clone(r.heads)}
 	}
+
 	for _, cells := range rows {
 		number := fmt.Sprint(len(r.table) - 1)
 		r.table = append(r.table, append([]string{number, q.host.name}, cells...))
@@ -115,6 +116,7 @@ func (r *report) print(out io.Writer) error {
 			r.table[n] = slices.Delete(row, 1, 2)
 		}
 	}
+
 	width := anyNumber
 	if r.form == narrowTable {
 		width = columns
@@ -130,6 +132,7 @@ func (r *report) print(out io.Writer) error {
 	for line := range strings.Lines(aligned.String()) {
 		r.text.WriteString(cut(strings.TrimRight(line, " \n"), width) + "\n")
 	}
+
 	_, err := out.Write(r.text.Bytes())
 	return err
 }
@@ -142,6 +145,7 @@ func cutTable(table [][]string) {
 	if len(table) == 0 {
 		return
 	}
+
 	widths := make([]int, len(table[0]))
 	for _, row := range table {
 		for i, cell := range row {
