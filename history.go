@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-
 	"path"
 	"path/filepath"
 	"regexp"

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-
 	"log/slog"
 	"regexp"
 	"slices"
