@@ -336,7 +336,8 @@ var (
 	// incomplete is what git says of a damaged pack in the clone, too: it does not replace one that upstream
 	// sends again, or tells that they differ.
 	incomplete = regexp.MustCompile(
-		`did not send all necessary objects|could not fetch \w+ from promisor remote|differ in contents`)
+		`did not send all necessary objects|could not fetch \w+ from promisor remote|differ in contents|` +
+			`\(stored in [^)]*\) is corrupt`)
 	shallow = regexp.MustCompile(`shallow roots are not allowed|/shallow_`)
 	atLimit = regexp.MustCompile(
 		`signal 25|[Oo]ut of memory|File too large|Cannot allocate|async thread|invalid index-pack`)

@@ -334,7 +334,7 @@ func digitsOf(remote map[string]string) (digits int) {
 }
 
 // advance brings a clone to upstream's tips. What ended at a limit would do so again: it is not tried again
-// within the hour, unless upstream moves.
+// within the hour, unless upstream moves. What failed by damage says nothing of the clone made in its place.
 func (u *upstream) advance(ctx context.Context, c *clone, remote map[string]string) error {
 	work := "fetch " + fmt.Sprint(remote)
 	if t, lately := u.tried[work]; lately {
@@ -347,7 +347,8 @@ func (u *upstream) advance(ctx context.Context, c *clone, remote map[string]stri
 	if !wentWrong(ctx, err) {
 		return err
 	}
-	if atLimit.MatchString(err.Error()) {
+	isLimit := atLimit.MatchString(err.Error())
+	if isLimit && !errors.As(err, &damaged{}) {
 		u.tried[work] = tried{time.Now(), err}
 	}
 	return err

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -523,6 +524,28 @@ func size(name string) int64 {
 }
 
 // TestGitDamageHeals: whatever becomes of the clone, the next commits come, while running and after a restart.
+// garble changes the bytes of an object in the clone's packs.
+func (w *gitWorld) garble(id string) error {
+	indexes, err := filepath.Glob(w.u.dir + "/objects/pack/*.idx")
+	for _, index := range indexes {
+		for line := range strings.Lines(w.git("verify-pack", "-v", index)) {
+			f := strings.Fields(line) // id, type, size, size in the pack, and where it begins there
+			if len(f) < 5 || f[0] != id {
+				continue
+			}
+			size, err1 := strconv.Atoi(f[3])
+			at, err2 := strconv.Atoi(f[4])
+			name := strings.TrimSuffix(index, "idx") + "pack"
+			pack, err3 := os.ReadFile(name)
+			for i := at + size/4; i < at+size*3/4; i++ {
+				pack[i] ^= 0x55
+			}
+			return errors.Join(err1, err2, err3, os.Remove(name), os.WriteFile(name, pack, 0o644))
+		}
+	}
+	return cmp.Or(err, errors.New("no such object"))
+}
+
 func TestGitDamageHeals(t *testing.T) {
 	spoil := func(name, text string) func(w *gitWorld) error {
 		return func(w *gitWorld) error { return os.WriteFile(w.u.dir+name, []byte(text), 0o644) }
@@ -572,6 +595,15 @@ func TestGitDamageHeals(t *testing.T) {
 			}
 			return err
 		}},
+		{"garbled directory", func(w *gitWorld) error { // upstream sends what differs from it
+			var many []string
+			for i := range 300 {
+				many = append(many, fmt.Sprint("etc/", i), fmt.Sprint(i))
+			}
+			w.commit(many...)
+			w.look()
+			return w.garble(w.git("rev-parse", "HEAD:etc"))
+		}},
 		{"torn idx", func(w *gitWorld) error { // git keeps it where the same pack comes again
 			names, err := filepath.Glob(w.u.dir + "/objects/pack/*.idx")
 			for _, name := range names {
@@ -595,7 +627,7 @@ func TestGitDamageHeals(t *testing.T) {
 					_ = w.u.lookNow(t.Context(), false)
 				}
 				if l := w.u.looked("main"); l.err != nil || w.read("etc/app.conf") != "two\n" {
-					t.Errorf("%+v", l)
+					t.Errorf("%v, %+v", l.err, l)
 				}
 			})
 		}
