@@ -336,12 +336,21 @@ var (
 	// incomplete is what git says of a damaged pack in the clone, too: it does not replace one that upstream
 	// sends again, or tells that they differ.
 	incomplete = regexp.MustCompile(
-		`did not send all necessary objects|could not fetch \w+ from promisor remote|differ in contents|` +
-			`\(stored in [^)]*\) is corrupt`)
+		`did not send all necessary objects|could not fetch \w+ from promisor remote|differ in contents`)
 	shallow = regexp.MustCompile(`shallow roots are not allowed|/shallow_`)
 	atLimit = regexp.MustCompile(
 		`signal 25|[Oo]ut of memory|File too large|Cannot allocate|async thread|invalid index-pack`)
 )
+
+// ownWords are git's without what it hands on of upstream's, which may be of damage there.
+func ownWords(said []byte) (own []byte) {
+	for line := range bytes.Lines(said) {
+		if !bytes.HasPrefix(line, []byte("remote: ")) {
+			own = append(own, line...)
+		}
+	}
+	return own
+}
 
 // fetch runs git fetch, and tells a failure of the network's from damage in the clone.
 func (c *clone) fetch(ctx context.Context, limit time.Duration, stdin []byte, args ...string) error {
@@ -362,12 +371,15 @@ func (c *clone) fetch(ctx context.Context, limit time.Duration, stdin []byte, ar
 	cmd.Stdin, cmd.Stdout = bytes.NewReader(stdin), words // a shallow upstream is only a warning
 	_, err := c.u.runNetworkGit(ctx, cmd, "fetch", limit, half)
 
+	// fatal: packed object 606eb57... (stored in /var/lib/gitopper/upstreams/...) is corrupt
+	own := ownWords(words.buf)
+	isCorrupt := bytes.Contains(own, []byte("(stored in "+c.dir+"/"))
 	switch said := words.buf; {
 	case shallow.Match(said):
 		return errors.New("upstream is shallow: git fetch --unshallow there")
 	case err == nil, ctx.Err() != nil:
 		return err
-	case incomplete.Match(said), crashed(err):
+	case isCorrupt, incomplete.Match(own), crashed(err):
 		return damaged{err}
 	case stdin != nil && refusing.Match(said):
 		return damaged{fmt.Errorf("%w: %w", errRefused, err)}

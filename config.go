@@ -104,7 +104,7 @@ type settleTime time.Duration
 
 func (t *settleTime) UnmarshalText(text []byte) error {
 	d, err := time.ParseDuration(string(text))
-	if err == nil && d == min(d.Abs(), 5*time.Minute) {
+	if err == nil && d == d.Abs() && d <= 5*time.Minute {
 		*t = settleTime(d)
 		return nil
 	}

@@ -333,10 +333,13 @@ func digitsOf(remote map[string]string) (digits int) {
 	return digits
 }
 
+// fetchOf names the work that it is to fetch these tips, see tried.
+func fetchOf(remote map[string]string) string { return "fetch " + fmt.Sprint(remote) }
+
 // advance brings a clone to upstream's tips. What ended at a limit would do so again: it is not tried again
-// within the hour, unless upstream moves. What failed by damage says nothing of the clone made in its place.
+// within the hour, unless upstream moves.
 func (u *upstream) advance(ctx context.Context, c *clone, remote map[string]string) error {
-	work := "fetch " + fmt.Sprint(remote)
+	work := fetchOf(remote)
 	if t, lately := u.tried[work]; lately {
 		return t.err
 	}
@@ -347,8 +350,7 @@ func (u *upstream) advance(ctx context.Context, c *clone, remote map[string]stri
 	if !wentWrong(ctx, err) {
 		return err
 	}
-	isLimit := atLimit.MatchString(err.Error())
-	if isLimit && !errors.As(err, &damaged{}) {
+	if atLimit.MatchString(err.Error()) {
 		u.tried[work] = tried{time.Now(), err}
 	}
 	return err
@@ -360,9 +362,16 @@ func (u *upstream) heal(ctx context.Context, remote map[string]string, filters *
 	isFirst, isRefused := !lexists(u.dir), errors.Is(why, errRefused)
 	if t, lately := u.tried["heal"]; lately && !isRefused {
 		at := t.at.Format("15:04")
+		if t.err != nil {
+			return fmt.Errorf("no clone could be made at %s (do pull tries now): %w", at, t.err)
+		}
 		return fmt.Errorf("clone is damaged, and was made anew at %s (do pull tries now): %w", at, why)
 	}
 
+	// A limit that was met together with damage says nothing of a clone without it.
+	if work := fetchOf(remote); errors.As(u.tried[work].err, &damaged{}) {
+		delete(u.tried, work)
+	}
 	if filters == nil {
 		filters = new(bool)
 		_, err = u.lsRemote(ctx, filters)
@@ -373,7 +382,7 @@ func (u *upstream) heal(ctx context.Context, remote map[string]string, filters *
 	isDamaged := errors.As(err, &damaged{}) // upstream itself may be
 	hasHealed := err == nil && !isFirst
 	if isDamaged || hasHealed {
-		u.tried["heal"] = tried{at: time.Now()}
+		u.tried["heal"] = tried{time.Now(), err}
 	}
 	switch {
 	case hasHealed:

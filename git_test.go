@@ -523,7 +523,30 @@ func size(name string) int64 {
 	return fi.Size()
 }
 
-// TestGitDamageHeals: whatever becomes of the clone, the next commits come, while running and after a restart.
+// TestGitDamagedUpstream: what is wrong there is told in git's words, and is no reason to make a clone anew.
+func TestGitDamagedUpstream(t *testing.T) {
+	w := newGitWorld(t)
+	w.look()
+	before, err := os.Stat(w.u.dir)
+	w.commit("etc/app.conf", "two\n")
+	id := w.git("rev-parse", "HEAD:etc")
+	object := filepath.Join(w.git("rev-parse", "--absolute-git-dir"), "objects", id[:2], id[2:])
+	text, err2 := os.ReadFile(object)
+	if err := errors.Join(err, err2, os.Remove(object), os.WriteFile(object, text[:len(text)/2], 0o644)); err != nil {
+		t.Fatal(err)
+	}
+
+	for range 3 {
+		_ = w.u.lookNow(t.Context(), false)
+		if l := w.u.looked("main"); !errorSays(l.err, "is corrupt") || errors.As(l.err, &damaged{}) {
+			t.Error(l.err)
+		}
+	}
+	if after, err := os.Stat(w.u.dir); err != nil || !os.SameFile(before, after) {
+		t.Error("another clone", err)
+	}
+}
+
 // garble changes the bytes of an object in the clone's packs.
 func (w *gitWorld) garble(id string) error {
 	indexes, err := filepath.Glob(w.u.dir + "/objects/pack/*.idx")
@@ -537,15 +560,19 @@ func (w *gitWorld) garble(id string) error {
 			at, err2 := strconv.Atoi(f[4])
 			name := strings.TrimSuffix(index, "idx") + "pack"
 			pack, err3 := os.ReadFile(name)
+			if err := errors.Join(err1, err2, err3); err != nil {
+				return err
+			}
 			for i := at + size/4; i < at+size*3/4; i++ {
 				pack[i] ^= 0x55
 			}
-			return errors.Join(err1, err2, err3, os.Remove(name), os.WriteFile(name, pack, 0o644))
+			return errors.Join(os.Remove(name), os.WriteFile(name, pack, 0o644))
 		}
 	}
 	return cmp.Or(err, errors.New("no such object"))
 }
 
+// TestGitDamageHeals: whatever becomes of the clone, the next commits come, while running and after a restart.
 func TestGitDamageHeals(t *testing.T) {
 	spoil := func(name, text string) func(w *gitWorld) error {
 		return func(w *gitWorld) error { return os.WriteFile(w.u.dir+name, []byte(text), 0o644) }

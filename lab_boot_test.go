@@ -182,6 +182,10 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 		packs := "/var/lib/gitopper/upstreams/*/objects/pack/*.pack"
 		l.run("sh", "-c", "for p in "+packs+"; do truncate -s 100 $p; done; ls "+packs)
 	}
+	goes := func() { // not before the host, whose state would be DIFF when it goes down
+		l.run("systemctl", "stop", "gitopper")
+		u.stop()
+	}
 	var looks int64
 	troubles := []bootTrouble{
 		{name: "garbage key file", make: func() { l.write("/etc/gitopper/operator.pub", "garbage") },
@@ -202,14 +206,13 @@ dirs = [ { local = "/srv/app", link = "app" }, { local = "/srv/file", link = "ap
 			mend: giveBack, log: "address already in use",
 			status:   "1 service; not all can be had yet, see the log",
 			configOK: 1, state: "OK", noInterfaces: true},
-		// Where the host takes its time to go down, the state is DIFF before that.
-		{name: "upstream away", make: u.stop, mend: u.start, log: "DIFF git ls-remote",
+		{name: "upstream away", make: goes, mend: u.start, log: "OK -> DIFF git ls-remote",
 			status: "1 service, 1 in trouble: late", configOK: 1, state: "DIFF", info: "git ls-remote"},
 		{name: "a network that swallows all", make: func() { u.stop(); take(u.port) },
 			mend: func() { giveBack(); u.start() },
 			log:  "mounted app on /srv/app", status: "1 service", configOK: 1, state: "OK"},
-		{name: "damaged clone, upstream away", make: func() { damage(); u.stop() }, mend: u.start,
-			log: "DIFF git ls-remote", status: "1 service, 1 in trouble: late",
+		{name: "damaged clone, upstream away", make: func() { damage(); goes() }, mend: u.start,
+			log: "OK -> DIFF git ls-remote", status: "1 service, 1 in trouble: late",
 			configOK: 1, state: "DIFF"},
 		{name: "damaged clone", make: damage,
 			mend: func() { hash = u.commit(map[string]string{"app/file": "new\n"}) },

@@ -89,7 +89,7 @@ func (l *labHost) watchFile(path string, ok func(content string) bool) (stop fun
 
 // While one commit after the other goes live, no reader finds a file missing, empty, or made of two commits.
 func TestLabReadersFindWholeFiles(t *testing.T) {
-	commits := often(40, 400)
+	commits := often(100, 400)
 	l, u := newLab(t), newLabUpstream(t)
 	port := labPort()
 	push := func(version int) {
@@ -130,7 +130,7 @@ func TestLabReadersFindWholeFiles(t *testing.T) {
 			t.Error(bad)
 		}
 		t.Logf("%d reads", reads)
-		if reads < commits {
+		if reads < 100*commits {
 			t.Errorf("%d reads are too few to tell", reads)
 		}
 	}
@@ -160,7 +160,7 @@ func (l *labHost) kill() bool {
 
 // Killed with all its children at any moment, as often as it may be, it ends where it should.
 func TestLabSurvivesKills(t *testing.T) {
-	kills := often(40, 400)
+	kills := often(100, 400)
 	l, u := newLab(t), newLabUpstream(t)
 	l.witness("app", "/etc/app/dir/conf", "")
 	version := 0

@@ -447,7 +447,7 @@ func (s *storm) checkEdits(when string) {
 // Killed at random moments in all that can go on at once: files, manifest, mounts and unit agree
 // afterwards, no reader sees a missing, empty or mixed file, and each edit is live or kept.
 func TestLabKills(t *testing.T) {
-	kills := often(50, 500)
+	kills := often(60, 500)
 	s := newStorm(t)
 	stop := make(chan struct{})
 	var editing sync.WaitGroup
@@ -470,6 +470,9 @@ func TestLabKills(t *testing.T) {
 				t.Error(bad)
 			}
 			t.Logf("%d reads", reads)
+			if reads < 100*kills {
+				t.Errorf("%d reads are too few to tell", reads)
+			}
 		}
 	})
 

@@ -308,7 +308,7 @@ func TestLabTrialBrokenUnitFallsBack(t *testing.T) {
 // Killed in the middle of a trial or of taking it back, and rebooted in the middle: the unit ends on the
 // good files.
 func TestLabTrialFallbackSurvivesKills(t *testing.T) {
-	kills := often(10, 100)
+	kills := often(20, 100)
 	l, u := newLab(t), newLabUpstream(t)
 	port := labPort()
 	pages := func(text, more string) map[string]string {

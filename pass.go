@@ -272,7 +272,7 @@ func (s *Service) suspected(v version) *refusal {
 // rest is where to stay when upstream's commit is not to be had: on what runs, unless that itself was taken
 // back.
 func (s *Service) rest(ctx context.Context, live version) version {
-	tookBack := cmp.Or(s.refused(live), s.suspected(live)) != nil
+	tookBack := s.refused(live) != nil || s.suspected(live) != nil
 	if tookBack && s.rec.Good.Commit != "" {
 		if good, err := s.today(ctx, s.rec.Good, live); err == nil {
 			return good
@@ -541,8 +541,7 @@ func (s *Service) keepEdits(c *candidate) error {
 		slog.Warn(fmt.Sprintf("%s: somebody's own was in the way of a commit, kept as %s",
 			s.service, someOf(owns)))
 	}
-	// A file that was removed leaves nothing to keep.
-	if n := max(len(undone), len(c.diff.edited)); n > 0 {
+	if n := max(len(undone), len(c.diff.edited)); n > 0 { // a file that was removed leaves nothing to keep
 		count.addFloat("gitopper_service_drift_total", labels("service", s.service), float64(n))
 		paths := fmt.Sprintf(": %s; kept: %s", someOf(c.diff.edited), cmp.Or(someOf(undone), "nothing"))
 		s.event(slog.LevelWarn, "local edits undone"+quote(paths))

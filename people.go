@@ -156,10 +156,9 @@ type gitFile struct{ name, text string }
 // isIn says whether the file is in a .git. After our lines of the config may come some of people's.
 func (g gitFile) isIn(git string) bool {
 	got, err := readText(git + "/" + g.name)
-	if g.name == "config" {
-		got = got[:min(len(got), len(g.text))]
-	}
-	return err == nil && string(got) == g.text
+	isWhole := string(got) == g.text
+	hasMore := g.name == "config" && strings.HasPrefix(string(got), g.text)
+	return err == nil && (isWhole || hasMore)
 }
 
 // hasIndex says whether a .git has a whole index.

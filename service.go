@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -434,7 +433,7 @@ func (s *Service) conclude(ctx context.Context, out outcome) (ended error) {
 	}
 
 	s.publishStatus()
-	if err := s.save(); err != nil && cmp.Or(ended, out.err) == nil {
+	if err := s.save(); err != nil && ended == nil && out.err == nil {
 		s.last.err = err
 		s.publishStatus()
 	}

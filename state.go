@@ -520,11 +520,8 @@ func (s *Service) refuse(v version, f *refusal) *refusal {
 		f.Content = ""
 	}
 	isSame := func(o refusal) bool {
-		o.Info = f.Info
-		if f.Content != "" { // which says it, whatever the commit
-			o.Commit = f.Commit
-		}
-		return o == *f
+		return o.Content == f.Content && o.Criteria == f.Criteria && o.Reason == f.Reason &&
+			(f.Content != "" || o.Commit == f.Commit)
 	}
 	if i := slices.IndexFunc(s.rec.Refused, isSame); i >= 0 {
 		return &s.rec.Refused[i]

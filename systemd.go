@@ -62,7 +62,6 @@ func lookUnits(ctx context.Context, ids unitNames, names ...string) ([]unit, err
 	if err != nil {
 		return nil, err
 	}
-
 	isActive := func(id string) bool { return active[id].is != nil }
 	others := slices.DeleteFunc(slices.Clone(names), func(name string) bool { return isActive(ids[name]) })
 	shown, err := show(ctx, others...)
@@ -90,7 +89,6 @@ func showUnit(ctx context.Context, name string) (unit, error) {
 	if err == nil || alone || isForAll {
 		return u, err
 	}
-
 	units, err := showUnits(ctx, []string{name}) // it may be another unit that can't be shown
 	if err != nil {
 		return unit{}, err
@@ -104,17 +102,14 @@ func showUnits(ctx context.Context, names []string) ([]unit, error) {
 	if err != nil {
 		return nil, err
 	}
-
 	var triggers []string
 	for _, u := range units {
 		triggers = append(triggers, u.triggers()...)
 	}
-
 	shown, err := show(ctx, triggers...)
 	isActive := func(id string) bool {
 		return slices.ContainsFunc(shown, func(t unit) bool { return t.is["Id"] == id && t.running() })
 	}
-
 	for i, u := range units {
 		units[i].triggered = slices.ContainsFunc(u.triggers(), isActive)
 	}
@@ -164,7 +159,6 @@ func show(ctx context.Context, names ...string) ([]unit, error) {
 		u.at = now
 		units = append(units, u)
 	}
-
 	isNone := func(u unit) bool { return u.is["Id"] == "" }
 	if len(units) != len(names)+1 || slices.ContainsFunc(units, isNone) {
 		return nil, fmt.Errorf("systemctl show: asked for %d units, got %q", len(names), out)
@@ -290,9 +284,18 @@ func daemonReload(ctx context.Context) error {
 	return err
 }
 
-// looksHold is how long a look at a unit is good for while the unit waits for its turn. To ask again for each
-// of a hundred units that one commit changes would take half as long as to tell them.
-var looksHold = 5 * time.Second
+// looksHold is how long a look at a unit that runs, or does not, is good for while the unit waits for its
+// turn. To ask again for each of a hundred units that one commit changes would take half as long as to tell
+// them.
+const looksHold = 5 * time.Second
+
+// holds says whether the unit is likely to be still as it was looked at, or its action fails where it is not:
+// unlike one that tries, and one on which a job of before would be ended.
+func (u *unit) holds(action string) bool {
+	age := time.Since(u.at)
+	isPlain := u.says("ActiveState", "active", "inactive") && !strings.HasPrefix(action, "try-")
+	return age < time.Second || isPlain && age < looksHold
+}
 
 // tell makes a unit take notice of changed files: daemon-reload if needed, enable for a template instance,
 // reset-failed, then action, or start if it is not up. reload says that something changed at or below a
@@ -306,13 +309,11 @@ func tell(ctx, hard context.Context, name, action string, reload bool, step func
 	}
 
 	defer acting.enter(ctx)()
-	if ctx.Err() != nil {
-		return "", ctx.Err()
+	if ctx.Err() == nil && !u.holds(action) {
+		u, err = loadUnit(hard, name, false)
 	}
-	if time.Since(u.at) > looksHold { // somebody may have stopped it since
-		if u, err = showUnit(hard, name); err != nil {
-			return "", err
-		}
+	if err = cmp.Or(ctx.Err(), err); err != nil {
+		return "", err
 	}
 
 	if !u.says("LoadState", "loaded") {
@@ -340,7 +341,20 @@ func tell(ctx, hard context.Context, name, action string, reload bool, step func
 		return "", err
 	}
 	step(verb)
-	return verb, act(hard, name, u.is["Id"], verb)
+	hasWaited := time.Since(u.at) > time.Second
+	err = act(hard, name, u.is["Id"], verb)
+	if err == nil || !hasWaited {
+		return verb, err
+	}
+	now, _ := showUnit(hard, name)
+	wasStopped := u.running() && now.stopped() // since it was looked at, and not by what failed
+	switch {
+	case !wasStopped:
+		return verb, err
+	case now.triggered:
+		return "", nil
+	}
+	return "start", act(hard, name, u.is["Id"], "start")
 }
 
 // loadUnit asks systemd for a unit, after a daemon-reload where systemd may not know its files of today.
@@ -352,7 +366,6 @@ func loadUnit(ctx context.Context, name string, reload bool) (unit, error) {
 	if err != nil || !isStale && !reload {
 		return u, err
 	}
-
 	if err := daemonReload(ctx); err != nil {
 		return u, err
 	}
@@ -431,7 +444,6 @@ func lastWords(ctx context.Context, id string, start time.Time) string {
 	cmd := exec.Command("journalctl", "-q", "--no-pager", "-o", "cat", "-n", "5", since,
 		"_SYSTEMD_UNIT="+id, "+", "_PID=1", "UNIT="+id, processExit)
 	out, err := execute(ctx, program{name: "journalctl", cmd: cmd, limit: 10 * time.Second})
-
 	words := redact(unmark(oneLine(string(out))))
 	if err != nil || words == "" {
 		return ""
@@ -457,7 +469,6 @@ func settle(ctx context.Context, name, action string, watch time.Duration) (u un
 		watch = max(watch, time.Second) // time to end, and to come back
 		wait = watch
 	}
-
 	for before := (unit{}); ; before = u {
 		select {
 		case <-time.After(min(wait, watch-time.Since(start))):

@@ -377,26 +377,48 @@ func TestUnitActionFails(t *testing.T) {
 	}
 }
 
+// fillRoom takes every place of those that are told at the same time, until the test ends. Who comes then waits
+// for so many seconds, and one more.
+func fillRoom(t *testing.T, seconds int) {
+	for range cap(acting.room) {
+		t.Cleanup(acting.enter(t.Context()))
+	}
+	go func() {
+		for range seconds * 4 {
+			time.Sleep(250 * time.Millisecond)
+			acting.left.Add(1) // as if one left, and another came
+		}
+	}()
+}
+
 // TestUnitWaitsForItsTurn: what happened to a unit meanwhile is seen, and an end of the wait is no action.
 func TestUnitWaitsForItsTurn(t *testing.T) {
-	defer func(d time.Duration) { looksHold = d }(looksHold)
-	looksHold = time.Second // a full room holds nobody up for longer
-
-	for _, tc := range []struct{ name, action, then, verb, calls string }{
-		{"runs on", "reload", "active", "reload", "reload svc.service"},
-		{"was stopped", "reload", "inactive\nResult=success", "start", "start svc.service"},
-		{"was stopped, try", "try-restart", "inactive\nResult=success", "start", "start svc.service"},
-		{"failed", "reload", "failed", "start", "reset-failed svc.service, start svc.service"},
-		{"has a socket", "restart", "inactive\nTriggeredBy=svc.socket", "", ""},
+	const stopped = "inactive\nResult=success"
+	const idle = stopped + "\nTriggeredBy=svc.socket"
+	for _, tc := range []struct {
+		name, action, first, then string
+		seconds                   int
+		verb, calls               string
+	}{
+		{"runs on", "reload", "active", "active", 0, "reload", "reload svc.service"},
+		{"was stopped", "reload", "active", stopped, 0, "start", "reload svc.service, start svc.service"},
+		{"was stopped, try", "try-restart", "active", stopped, 0, "start", "start svc.service"},
+		{"has a socket", "reload", "active", idle, 0, "", "reload svc.service"},
+		{"has failed, and come up", "reload", "failed", "active", 0, "reload", "reload svc.service"},
+		{"was stopped, long", "reload", "active", stopped, 6, "start", "start svc.service"},
+		{"failed, long", "reload", "active", "failed", 6, "start", "reset-failed svc.service, start svc.service"},
+		{"has a socket, long", "restart", "active", idle, 6, "", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := newFakeSystemd(t)
-			for range cap(acting.room) {
-				defer acting.enter(t.Context())()
-			}
-			go func() { // within the second after which a full room makes nobody wait any longer
+			f.set("svc.service", tc.first)
+			fillRoom(t, tc.seconds)
+			go func() {
 				f.wait("asked", 1)
 				f.set("svc.service", tc.then)
+				if tc.then != "active" {
+					f.set("fail-reload", "")
+				}
 			}()
 			verb, err := tell(t.Context(), t.Context(), "svc.service", tc.action, false, func(string) {})
 			if calls := f.read("calls"); err != nil || verb != tc.verb || calls != tc.calls {
@@ -407,9 +429,7 @@ func TestUnitWaitsForItsTurn(t *testing.T) {
 
 	t.Run("end", func(t *testing.T) {
 		f := newFakeSystemd(t)
-		for range cap(acting.room) {
-			defer acting.enter(t.Context())()
-		}
+		fillRoom(t, 0)
 		f.set("svc.service", "failed")
 		ctx, end := context.WithCancel(t.Context())
 		go func() {

@@ -217,6 +217,9 @@ func (w *world) push() string {
 	w.git(w.work, "add", "-A")
 	w.git(w.work, "commit", "-q", "--allow-empty", "-m", "c")
 	hash := w.head()
+	if !isHash(hash) {
+		w.t.Fatal(hash)
+	}
 	w.write("up.git/refs/heads/main.lock", hash+"\n")
 	if err := os.Rename(w.bare+"/refs/heads/main.lock", w.bare+"/refs/heads/main"); err != nil {
 		w.t.Fatal(err)

@@ -1,5 +1,5 @@
-// Fake is the programs that can't run in a unit test: systemctl, journalctl and the package managers. Tests put
-// links to it on $PATH under those names. It works in the directory that $FAKE or $FAKE_PACKAGES names.
+// Fake is the programs that can't run in a unit test: systemctl, journalctl and the package managers. Tests
+// put links to it on $PATH under those names. It works in the directory that $FAKE or $FAKE_PACKAGES names.
 package main
 
 import (
@@ -25,8 +25,8 @@ func main() {
 // systemctl is of a systemd with units that run from the start. Calls that change something are logged in
 // dir/calls, each call in dir/asked. The file dir/UNIT holds a unit's ActiveState, and other properties in
 // lines below. A file dir/fail-VERB makes a verb fail, and show if one of the units is called as it says; a
-// unit whose dir/reads file says "bad" falls over when it is started, and its reload fails. daemon-reload makes
-// dir/reloaded-UNIT the file of the unit.
+// unit whose dir/reads file says "bad" falls over when it is started, and its reload fails. daemon-reload
+// makes dir/reloaded-UNIT the file of the unit.
 func systemctl(dir string, args []string) int {
 	isOption := func(a string) bool { return strings.HasPrefix(a, "-") }
 	words := slices.DeleteFunc(args, isOption)
