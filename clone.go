@@ -399,20 +399,24 @@ func (c *clone) fetchTips(ctx context.Context, remote map[string]string) error {
 		args = args[1:]
 	}
 
-	fixed := len(args)
+	var ids, refs []string
 	for _, branch := range slices.Sorted(maps.Keys(remote)) {
 		if remote[branch] != c.tips[tipRef(branch)] {
-			args = append(args, "refs/heads/"+branch)
+			ids, refs = append(ids, remote[branch]), append(refs, "refs/heads/"+branch)
 		}
 	}
-	if len(args) == fixed {
+	if len(ids) == 0 {
 		return nil
 	}
 
-	err := c.fetch(ctx, limit, nil, args...)
+	// Where commits are asked for upstream need not list its branches once more.
+	err := c.fetch(ctx, limit, nil, append(args, ids...)...)
+	if hasMoved := err != nil && refusing.MatchString(err.Error()); hasMoved { // and hands out tips alone
+		err = c.fetch(ctx, limit, nil, append(args, refs...)...)
+	}
 	if args[0] == smallBlobs && errors.As(err, &damaged{}) {
 		c.filter, args[0] = noBlobs, noBlobs
-		err = c.fetch(ctx, limit, nil, args...)
+		err = c.fetch(ctx, limit, nil, append(args, refs...)...)
 	}
 	return err
 }

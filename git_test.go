@@ -172,7 +172,7 @@ func TestGitProcesses(t *testing.T) {
 			t.Errorf("%s: %d git, want %d: %q", what, len(r), want, r)
 		}
 	}
-	count("first", 6) // ls-remote twice, fetch, walk, ask, fetch
+	count("first", 5) // ls-remote twice, fetch, walk, fetch
 	if w.nudged != 1 {
 		t.Errorf("nudged %d times", w.nudged)
 	}
@@ -410,6 +410,40 @@ func TestGitServers(t *testing.T) {
 				t.Errorf("%d programs for %d of ours: %q", len(all), len(runs()), runs())
 			}
 		})
+	}
+}
+
+// TestGitMovesMeanwhile: the branch is pushed by force between the look and the fetch, to a server that hands
+// out tips alone, and to one that has the old commit still.
+func TestGitMovesMeanwhile(t *testing.T) {
+	for _, protocol := range []string{"0", "2"} {
+		w := newGitWorld(t)
+		lists := -1000
+		s := w.serve(func(_ http.ResponseWriter, r *http.Request) bool {
+			if protocol == "0" {
+				r.Header.Del("Git-Protocol")
+			}
+			if strings.HasSuffix(r.URL.Path, "/info/refs") {
+				lists++
+			}
+			if lists == 2 {
+				w.git("commit", "-q", "--amend", "-m", "other")
+			}
+			return true
+		})
+		w.upstream(s.URL+"/src/.git", "")
+		w.look()
+
+		lists = 0
+		w.commit("etc/app.conf", "two\n")
+		w.look()
+		if lists < 2 {
+			t.Fatalf("protocol %s: %d lists", protocol, lists)
+		}
+		w.look()
+		if got, tip := w.read("etc/app.conf"), w.u.looked("main").tip; got != "two\n" || tip != w.git("rev-parse", "main") {
+			t.Errorf("protocol %s: %q of %s", protocol, got, tip)
+		}
 	}
 }
 

@@ -119,7 +119,9 @@ func (c *clone) walkTips(ctx context.Context, remote map[string]string) error {
 	}
 
 	lacks := idLines(blobs)
-	if mayBeHere := c.filter != noBlobs || !areNew; mayBeHere {
+	isFirst := len(c.tips) == 0
+	comesAlong := !c.filtered() || !isFirst && c.filter != noBlobs // see fetchTips
+	if mayBeHere := comesAlong || !areNew; mayBeHere {
 		lacks, err = c.missing(ctx, blobs)
 	}
 	if err == nil {
@@ -179,7 +181,7 @@ func (c *clone) walkNews(ctx context.Context, tips map[string]string, walks map[
 		}
 
 		walks[key] = found
-		if before.content == "" {
+		if isFirst := len(c.tips) == 0; before.content == "" && !isFirst {
 			areNew = false
 		}
 		if found.content != before.content {
