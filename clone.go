@@ -391,13 +391,11 @@ func (c *clone) fetch(ctx context.Context, limit time.Duration, stdin []byte, ar
 // with all of history, and not from a server that sends what changed elsewhere as a difference from a content
 // that was never here, which git would have to fetch: from then on none come along.
 func (c *clone) fetchTips(ctx context.Context, remote map[string]string) error {
-	limit, args := cloneLimit, []string{noBlobs, "origin"}
-	if len(c.tips) > 0 {
-		limit, args[0] = fetchLimit, c.filter
+	limit, args := fetchLimit, []string{c.leavesOut(), "origin"}
+	if len(c.tips) == 0 {
+		limit = cloneLimit
 	}
-	if !c.filtered() {
-		args = args[1:]
-	}
+	args = slices.DeleteFunc(args, func(a string) bool { return a == "" })
 
 	var ids, refs []string
 	for _, branch := range slices.Sorted(maps.Keys(remote)) {
@@ -411,7 +409,7 @@ func (c *clone) fetchTips(ctx context.Context, remote map[string]string) error {
 
 	// Where commits are asked for upstream need not list its branches once more.
 	err := c.fetch(ctx, limit, nil, append(args, ids...)...)
-	if hasMoved := err != nil && refusing.MatchString(err.Error()); hasMoved { // and hands out tips alone
+	if hasMoved := refusing.MatchString(fmt.Sprint(err)); hasMoved { // and upstream hands out tips alone
 		err = c.fetch(ctx, limit, nil, append(args, refs...)...)
 	}
 	if args[0] == smallBlobs && errors.As(err, &damaged{}) {
@@ -419,6 +417,17 @@ func (c *clone) fetchTips(ctx context.Context, remote map[string]string) error {
 		err = c.fetch(ctx, limit, nil, append(args, refs...)...)
 	}
 	return err
+}
+
+// leavesOut is what fetchTips asks upstream to leave out; "": nothing.
+func (c *clone) leavesOut() string {
+	switch {
+	case !c.filtered():
+		return ""
+	case len(c.tips) == 0:
+		return noBlobs
+	}
+	return c.filter
 }
 
 // missing asks the clone which blobs it lacks, without network; a line each.

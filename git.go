@@ -547,7 +547,7 @@ func configParameters(upstream string) string {
 // out single objects later, from what it says of itself: fetch=shallow filter (protocol 2), or a list behind
 // the first ref (protocol 0). A web server that knows nothing of git says nothing.
 func (u *upstream) lsRemote(ctx context.Context, filters *bool) (map[string]string, error) {
-	args := []string{"ls-remote", "-q", "origin"}
+	args := []string{"ls-remote", "-q", "--heads", "origin"} // else all tags and pull requests are listed
 	for _, branch := range slices.Sorted(maps.Keys(u.looks)) {
 		args = append(args, "refs/heads/"+branch)
 	}

@@ -413,6 +413,51 @@ func TestGitServers(t *testing.T) {
 	}
 }
 
+// countedAnswer counts the bytes that a server answers.
+type countedAnswer struct {
+	http.ResponseWriter
+	bytes *atomic.Int64
+}
+
+func (c countedAnswer) Write(b []byte) (int, error) {
+	c.bytes.Add(int64(len(b)))
+	return c.ResponseWriter.Write(b)
+}
+
+// TestGitManyRefs: what a look costs does not grow with upstream's tags and pull requests.
+func TestGitManyRefs(t *testing.T) {
+	w := newGitWorld(t)
+	var sent atomic.Int64
+	backend := w.backend(func(http.ResponseWriter, *http.Request) bool { return true })
+	s := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		backend.ServeHTTP(countedAnswer{rw, &sent}, r)
+	}))
+	defer s.Close()
+	w.upstream(s.URL+"/src/.git", "")
+	w.look()
+	look := func() int64 {
+		sent.Store(0)
+		w.look()
+		return sent.Load()
+	}
+
+	before := look()
+	var refs strings.Builder
+	for i := range 500 {
+		fmt.Fprintf(&refs, "create refs/pull/%d/head HEAD\ncreate refs/tags/v%[1]d HEAD\n", i)
+	}
+	w.pipe(refs.String(), "update-ref", "--stdin")
+	if after := look(); before == 0 || after != before {
+		t.Errorf("a look took %d bytes, and takes %d now", before, after)
+	}
+	if w.commit("etc/app.conf", "two\n"); true {
+		w.look()
+	}
+	if got := w.read("etc/app.conf"); got != "two\n" {
+		t.Errorf("%q", got)
+	}
+}
+
 // TestGitMovesMeanwhile: the branch is pushed by force between the look and the fetch, to a server that hands
 // out tips alone, and to one that has the old commit still.
 func TestGitMovesMeanwhile(t *testing.T) {

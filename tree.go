@@ -119,9 +119,7 @@ func (c *clone) walkTips(ctx context.Context, remote map[string]string) error {
 	}
 
 	lacks := idLines(blobs)
-	isFirst := len(c.tips) == 0
-	comesAlong := !c.filtered() || !isFirst && c.filter != noBlobs // see fetchTips
-	if mayBeHere := comesAlong || !areNew; mayBeHere {
+	if mayBeHere := c.leavesOut() != noBlobs || !areNew; mayBeHere {
 		lacks, err = c.missing(ctx, blobs)
 	}
 	if err == nil {
@@ -181,7 +179,7 @@ func (c *clone) walkNews(ctx context.Context, tips map[string]string, walks map[
 		}
 
 		walks[key] = found
-		if isFirst := len(c.tips) == 0; before.content == "" && !isFirst {
+		if isFirst := len(c.tips) == 0; !isFirst && before.content == "" {
 			areNew = false
 		}
 		if found.content != before.content {
