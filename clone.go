@@ -332,7 +332,9 @@ func crashed(err error) bool {
 var (
 	// errRefused says that a server that can filter does not hand out single objects.
 	errRefused = errors.New("upstream refuses single objects")
-	refusing   = regexp.MustCompile(`unadvertised object|not our ref`)
+	// errNoTip says that a server does not hand out a commit that it named as a branch's a moment ago.
+	errNoTip = errors.New("upstream refuses that commit")
+	refusing = regexp.MustCompile(`unadvertised object|not our ref|want \w+ not valid`) // the last: JGit
 	// incomplete is what git says of a damaged pack in the clone, too: it does not replace one that upstream
 	// sends again, or tells that they differ.
 	incomplete = regexp.MustCompile(
@@ -381,8 +383,11 @@ func (c *clone) fetch(ctx context.Context, limit time.Duration, stdin []byte, ar
 		return err
 	case isCorrupt, incomplete.Match(own), crashed(err):
 		return damaged{err}
-	case stdin != nil && refusing.Match(said):
+	case exitCode(err) <= 0, !refusing.Match(own): // what a limit has ended is not refused
+	case stdin != nil:
 		return damaged{fmt.Errorf("%w: %w", errRefused, err)}
+	default:
+		return fmt.Errorf("%w: %w", errNoTip, err)
 	}
 	return errors.Join(err, c.probe(ctx))
 }
@@ -407,9 +412,11 @@ func (c *clone) fetchTips(ctx context.Context, remote map[string]string) error {
 		return nil
 	}
 
-	// Where commits are asked for upstream need not list its branches once more.
-	err := c.fetch(ctx, limit, nil, append(args, ids...)...)
-	if hasMoved := refusing.MatchString(fmt.Sprint(err)); hasMoved { // and upstream hands out tips alone
+	// Where commits are asked for upstream need not list its branches once more. Git takes one that is named
+	// twice for two.
+	slices.Sort(ids)
+	err := c.fetch(ctx, limit, nil, append(args, slices.Compact(ids)...)...)
+	if errors.Is(err, errNoTip) { // the branch has moved
 		err = c.fetch(ctx, limit, nil, append(args, refs...)...)
 	}
 	if args[0] == smallBlobs && errors.As(err, &damaged{}) {

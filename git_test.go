@@ -369,7 +369,8 @@ func TestGitServers(t *testing.T) {
 		{"no filter", "", false},
 		{"protocol 0", "", false},
 		{"protocol 0, any object", "", true},
-		{"refuses", "", true},
+		{"refuses", "upload-pack: not our ref 1", true},
+		{"refuses", "want 1 not valid", true},
 	} {
 		t.Run(tc.name+tc.more, func(t *testing.T) {
 			w := newGitWorld(t)
@@ -390,7 +391,8 @@ func TestGitServers(t *testing.T) {
 			traces := t.TempDir()
 			more := tc.more + "\nexport GIT_TRACE2_EVENT=" + traces
 			if tc.name == "refuses" {
-				more += `; case "$*" in *"fetch -q"*--stdin*) echo "remote error: upload-pack: not our ref 1" >&2; exit 128;; esac`
+				more = "export GIT_TRACE2_EVENT=" + traces +
+					`; case "$*" in *"fetch -q"*--stdin*) echo "fatal: remote error: ` + tc.more + `" >&2; exit 128;; esac`
 			}
 			runs := w.counting(more)
 			w.look()
@@ -493,18 +495,20 @@ func TestGitMovesMeanwhile(t *testing.T) {
 }
 
 func TestGitShallowUpstream(t *testing.T) {
-	for _, user := range []string{"", "nobody"} {
+	for _, tc := range []struct{ user, filters string }{{"", "true"}, {"", "false"}, {"nobody", "true"}} {
 		w := newGitWorld(t)
 		w.commit("etc/app.conf", "two\n")
 		w.git("clone", "-q", "--bare", "--depth", "1", "file://"+w.work, w.dir+"/shallow.git")
-		w.git("-C", w.dir+"/shallow.git", "config", "uploadpack.allowFilter", "true")
-		if user != "" {
-			_ = exec.Command("chown", "-R", user, w.dir+"/shallow.git").Run()
+		w.git("-C", w.dir+"/shallow.git", "branch", "canary")
+		w.git("-C", w.dir+"/shallow.git", "config", "uploadpack.allowFilter", tc.filters)
+		if tc.user != "" {
+			_ = exec.Command("chown", "-R", tc.user, w.dir+"/shallow.git").Run()
 		}
-		w.upstream("file://"+w.dir+"/shallow.git", user)
+		w.upstream("file://"+w.dir+"/shallow.git", tc.user)
+		w.u.track("canary", w.etc, func() {})
 		err := w.u.lookNow(t.Context(), false)
 		if err == nil || err.Error() != "upstream is shallow: git fetch --unshallow there" || w.u.looked("main").tip != "" {
-			t.Errorf("%q: %v", user, err)
+			t.Errorf("%v: %v", tc, err)
 		}
 	}
 }
